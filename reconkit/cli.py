@@ -1,0 +1,372 @@
+"""Words on the command line, one call each.
+
+Exit status: 0 done; 1 the work failed; 2 what can be known before work starts was wrong; 130 interrupted.
+Heavy libraries are imported by the words that need them, so that `reconkit --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+from . import __version__
+from .config import CRITERIA, LAYERS, PRECISIONS, TECHNIQUES, ConfigError, PruneConfig, RunConfig, one_of, require
+
+# Flag of `prune` → how its word is read, and its help; defaults are those of `PruneConfig`.
+PRUNE_FLAGS: dict[str, tuple[Any, str]] = {
+    "criterion": (str, f"what chooses the mask: {', '.join(CRITERIA)}"),
+    "pattern": (str, "unstructured, or N:M such as 2:4"),
+    "sparsity": (float, "share of the weights that goes"),
+    "technique": (str, f"{', '.join(TECHNIQUES)}, or BR followed by any of +GP and +CR"),
+    "epochs": (int, "passes over the samples in each window"),
+    "steps": (int, "optimiser steps in each window; overrides --epochs"),
+    "learning_rate": (float, "peak learning rate"),
+    "batch_size": (int, "samples in one optimiser step"),
+    "micro_batch": (int, "samples in one forward and backward, for small GPUs"),
+    "precision": (str, f"of the reconstruction: {', '.join(PRECISIONS)}"),
+    "early_stopping": (int, "stop a window after so many epochs without a lower held-out loss"),
+}
+CACHED = ("assets", "models", "runs")
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one sentence."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"reconkit: {message}; see {self.prog} --help\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    try:
+        arguments = parser().parse_args(argv)
+        return arguments.call(arguments) or 0
+    except KeyboardInterrupt:
+        print("reconkit: interrupted.", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        if os.environ.get("RECONKIT_DEBUG") == "1":
+            raise
+        print(f"reconkit: {sentence(error)}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError) else 1
+
+
+def sentence(error: Exception) -> str:
+    """An exception in one line; one that nobody wrote for a reader keeps its type's name."""
+    if isinstance(error, OSError) and error.strerror:
+        return ": ".join([*(str(f) for f in (error.filename,) if f), error.strerror])
+    text = " ".join(str(error).split())
+    if isinstance(error, (ValueError, RuntimeError, OSError, ArithmeticError)) and text:
+        return text
+    return f"{type(error).__name__}: {text} (RECONKIT_DEBUG=1 shows where)"
+
+
+def parser() -> Parser:
+    top = Parser(prog="reconkit", description="Prune language models, reconstruct them block by block, and measure what it was worth.")
+    top.add_argument("--version", action="version", version=f"reconkit {__version__}")
+    words = top.add_subparsers(metavar="WORD", required=True)
+    _prune_words(_word(words, "prune", prune, "prune a model and save it as a plain Hugging Face folder"))
+    _evaluate_words(_word(words, "evaluate", evaluate, "measure a model: perplexity, zero-shot accuracy, speed, size"))
+    _suite_words(words.add_parser("suite", help="run notebooks by papermill from a manifest"))
+    _runs_words(words.add_parser("runs", help="look at the recorded runs"))
+    page = _word(words, "report", report, "write the dashboard page of all recorded runs")
+    page.add_argument("--out", default="report.html", metavar="FILE.html", help="default: %(default)s")
+    monitor = _word(words, "watch", watch, "follow the running prunes in the terminal")
+    monitor.add_argument("run", nargs="?", metavar="RUN", help="a process number, or a recorded run; default: everything that is running")
+    cached = _word(words, "data", data, "show, fetch or clear what is cached: offline assets, models, runs")
+    cached.add_argument("--fetch", action="store_true", help="fetch every offline asset now")
+    cached.add_argument("--clear", choices=(*CACHED, "all"), help="delete that part of the cache")
+    return top
+
+
+def _word(words: Any, name: str, call: Any, help: str) -> argparse.ArgumentParser:
+    word = words.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.")
+    word.set_defaults(call=call)
+    return word
+
+
+def _prune_words(word: argparse.ArgumentParser) -> None:
+    word.add_argument("--model", required=True, help="smollm2-135m, tiny, a folder, a .gguf file or a hub id")
+    where = word.add_mutually_exclusive_group(required=True)
+    where.add_argument("--out", metavar="DIR", help="new or empty folder for the pruned model")
+    where.add_argument("--plan", action="store_true", help="print what would be done, and do nothing")
+    word.add_argument("--corpus", default=RunConfig.corpus, help="calibration text: wiki, news, pydocs, c4, wikitext2, ptb, a .txt or .jsonl file; default: %(default)s")
+    word.add_argument("--count", type=int, default=RunConfig.count, help="calibration samples; default: %(default)s")
+    word.add_argument("--length", type=int, default=RunConfig.length, help="tokens in a sample; default: %(default)s")
+    for flag, (kind, text) in PRUNE_FLAGS.items():
+        default = getattr(PruneConfig, flag)
+        word.add_argument(f"--{flag.replace('_', '-')}", type=kind, default=default, help=text + (f"; default: {default}" if default is not None else ""))
+    word.add_argument("--layers", nargs="+", default=[PruneConfig.layers], help=f"{', '.join(LAYERS)}, or name patterns such as 'mlp.*'; default: all")
+    word.add_argument("--recompute", action="store_true", help="recompute activations in the backward pass: less memory, more time")
+    word.add_argument("--seed", type=int, default=PruneConfig.seed, help="of the draw and the order of samples; default: %(default)s")
+    word.add_argument("--extra", metavar="FILE.jsonl", help="text that only trains, such as `reconkit selfgen` writes")
+    word.add_argument("--held-out", nargs="+", default=[], metavar="NAME", help="corpora on which the error is measured, block by block")
+    word.add_argument("--checkpoint", metavar="DIR", help="keep the state after every window; the same command continues from it")
+    _machine_words(word)
+
+
+def _machine_words(word: argparse.ArgumentParser) -> None:
+    word.add_argument("--device", default=RunConfig.device, help="auto, cuda, mps or cpu; default: %(default)s")
+    word.add_argument("--dtype", default=RunConfig.dtype, help="float32, bfloat16 or float16; default: %(default)s")
+
+
+def _evaluate_words(word: argparse.ArgumentParser) -> None:
+    word.add_argument("model", metavar="MODEL", help="smollm2-135m, tiny, a folder, a .gguf file or a hub id")
+    word.add_argument("--against", metavar="DENSE", help="the model it is compared with, item by item")
+    word.add_argument("--perplexity", nargs="*", default=list(RunConfig.test), metavar="CORPUS", help="default: %(default)s")
+    word.add_argument("--split", choices=("train", "validation", "test"), default="test", help="default: %(default)s")
+    word.add_argument("--count", type=int, default=RunConfig.test_count, help="samples of each corpus; 0: the whole split; default: %(default)s")
+    word.add_argument("--length", type=int, default=RunConfig.length, help="tokens in a sample; default: %(default)s")
+    word.add_argument("--tasks", nargs="*", default=[], metavar="TASK", help=f"zero-shot tasks: {', '.join(RunConfig.tasks)}")
+    word.add_argument("--limit", type=int, default=RunConfig.limit, help="items of each task, a seeded draw; 0: all; default: %(default)s")
+    word.add_argument("--speed", action="store_true", help="time generation as well")
+    word.add_argument("--seed", type=int, default=0, help="of the draws; default: %(default)s")
+    word.add_argument("--out", metavar="FILE.json", help="write the whole record there")
+    _machine_words(word)
+
+
+def _suite_words(word: argparse.ArgumentParser) -> None:
+    words = word.add_subparsers(metavar="WORD", required=True)
+    start = _word(words, "run", suite_run, "run the notebooks of a manifest; what is unchanged costs nothing")
+    start.add_argument("manifest", metavar="NAME.toml")
+    start.add_argument("--only", metavar="GLOB", help="only the entries whose name matches")
+    start.add_argument("--jobs", type=int, default=1, help="notebooks at once; default: %(default)s")
+    start.add_argument("--dry-run", action="store_true", help="check everything, say what would run, and run nothing")
+    start.add_argument("--force", action="store_true", help="run what is unchanged, too")
+    for name, call, text in (
+        ("status", suite_status, "show the state of each entry of a manifest"),
+        ("publish", suite_publish, "copy normalised notebooks, figures and data to papermill_runs/published/"),
+    ):
+        _word(words, name, call, text).add_argument("manifest", metavar="NAME.toml")
+    new = _word(words, "new", suite_new, "write a manifest to start from")
+    new.add_argument("manifest", metavar="NAME.toml")
+
+
+def _runs_words(word: argparse.ArgumentParser) -> None:
+    words = word.add_subparsers(metavar="WORD", required=True)
+    run = "a run's id, the beginning of it, or its tag"
+    _word(words, "list", runs_list, "list the recorded runs, newest first")
+    _word(words, "show", runs_show, "show a run: configuration, measurements, notes").add_argument("run", metavar="RUN", help=run)
+    compare = _word(words, "compare", runs_compare, "show the measurements of two runs side by side")
+    compare.add_argument("first", metavar="A", help=run)
+    compare.add_argument("second", metavar="B", help=run)
+    best = _word(words, "best", runs_best, "rank the runs by a measurement, best first")
+    best.add_argument("--metric", required=True, help="such as perplexity/wiki")
+    best.add_argument("--limit", type=int, default=5, help="runs shown; default: %(default)s")
+    tag = _word(words, "tag", runs_tag, "give a run a name")
+    tag.add_argument("run", metavar="RUN", help=run)
+    tag.add_argument("tag", metavar="TAG")
+    export = _word(words, "export", runs_export, "write the whole history as CSV")
+    export.add_argument("--out", metavar="FILE.csv", help="default: standard output")
+
+
+def prune(a: argparse.Namespace) -> None:
+    layers = a.layers[0] if len(a.layers) == 1 and a.layers[0] in LAYERS else tuple(a.layers)
+    config = PruneConfig(**{flag: getattr(a, flag) for flag in PRUNE_FLAGS}, layers=layers, recompute=a.recompute, seed=a.seed)
+    job = RunConfig(
+        a.model, a.corpus, a.count, a.length, tuple(a.held_out), config, extra=a.extra, seed=a.seed, device=a.device, dtype=a.dtype
+    )
+    _check_texts([a.corpus, *a.held_out, *([a.extra] if a.extra else [])])
+    _check_models([a.model])
+    if a.out:
+        _check_folder(Path(a.out))
+    import torch
+
+    from . import data, models, pruning, report
+
+    model, tokenizer = models.load_model(a.model, dtype=getattr(torch, a.dtype), device=a.device)
+    if a.plan:
+        return print(_plan(model, job, config))
+    samples = data.load_samples(a.corpus, tokenizer, count=a.count, length=a.length, seed=a.seed)
+    extra = data.load_samples(a.extra, tokenizer, count=None, length=a.length, seed=a.seed) if a.extra else None
+    held_out = {
+        name: data.load_samples(name, tokenizer, count=job.held_out_count, length=a.length, split="validation", seed=a.seed) for name in a.held_out
+    }
+    result = pruning.prune(model, samples, config, extra=extra, held_out=held_out, checkpoint=a.checkpoint)
+    models.save_model(model, tokenizer, a.out)
+    print(report.summary(result))
+    print(f"Saved in {a.out}; transformers' from_pretrained loads it.")
+
+
+def _plan(model: Any, job: RunConfig, config: PruneConfig) -> str:
+    """What `prune` would do to `model`; one forward of a few tokens finds its matrices."""
+    import torch
+
+    from . import models, pruning
+    from .streams import Runner
+
+    _, layers = models.blocks(model)
+    found = pruning.find(Runner(model, layers), torch.zeros(1, 8, dtype=torch.long, device=model.device), config)
+    chosen = [(found.full_name(i, v), v.get().numel()) for i, row in enumerate(found.views) for v in row if v.name in found.chosen]
+    weights, zeros = sum(n for _, n in chosen), sum(n * config.sparsity_of(name) for name, n in chosen)
+    total = sum(p.numel() for p in model.parameters())
+    windows = pruning.windows(len(layers), config.window_blocks, config.overlap_blocks)
+    steps = config.steps or config.epochs * math.ceil(job.count / config.batch_size)
+    stream = (job.count + job.held_out_count * len(job.held_out)) * job.length * model.get_input_embeddings().embedding_dim
+    lines = {
+        "model": f"{job.model}, {len(layers)} blocks, {total / 1e6:,.1f}M parameters, {job.dtype} on {model.device}",
+        "mask": f"{config.criterion}, {config.pattern}: {zeros / 1e6:,.1f}M of {weights / 1e6:,.1f}M weights in {len(chosen)} matrices go",
+        "technique": f"{config.technique}: {len(windows)} windows of up to {max(map(len, windows))} blocks"
+        + (f", {steps} optimiser steps each" if config.trains else ", no training"),
+        "calibration": f"{job.count} samples of {job.length} tokens of {job.corpus}" + (f", and {job.extra}" if job.extra else ""),
+        "held-out": f"{job.held_out_count} samples of each of {', '.join(job.held_out)}" if job.held_out else "none",
+        "streams": f"two of {stream * model.dtype.itemsize / 1e6:,.0f} MB",
+    }
+    return "\n".join([*(f"{name:<12} {text}" for name, text in lines.items()), *found.notes])
+
+
+def _check_models(names: Sequence[str]) -> None:
+    from .models import check_model
+
+    for name in names:
+        check_model(name)
+
+
+def _check_texts(names: Sequence[str]) -> None:
+    from .data import check_corpus
+
+    for name in names:
+        check_corpus(name)
+
+
+def _check_folder(folder: Path) -> None:
+    """A folder that can be made, or an empty one that can be written."""
+    empty = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+    require(empty, "--out", str(folder), "a new or an empty folder")
+    _check_writable(folder)
+
+
+def _check_writable(path: Path) -> None:
+    there = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+    require(there.is_dir() or there == path.absolute(), "--out", str(path), f"below a folder, and {there} is a file")
+    require(os.access(there, os.W_OK), "--out", str(path), f"where you may write, and {there} is read-only")
+
+
+def evaluate(a: argparse.Namespace) -> None:
+    RunConfig(a.model, count=a.count or 1, length=a.length, limit=a.limit or None, seed=a.seed, device=a.device, dtype=a.dtype)
+    _check_models([a.model, *([a.against] if a.against else [])])
+    _check_texts(a.perplexity)
+    if a.out:
+        require(not Path(a.out).is_dir(), "--out", a.out, "a file")
+        _check_writable(Path(a.out).parent)
+    import torch
+
+    from . import evaluation, models, report
+
+    options = {"dtype": getattr(torch, a.dtype), "device": a.device}
+    model, tokenizer = models.load_model(a.model, **options)
+    record = evaluation.evaluate(
+        model,
+        tokenizer,
+        perplexity=a.perplexity,
+        split=a.split,
+        count=a.count or None,
+        length=a.length,
+        tasks=a.tasks,
+        limit=a.limit or None,
+        against=models.load_model(a.against, **options)[0] if a.against else None,
+        speed=a.speed,
+        seed=a.seed,
+    )
+    print(report.evaluation(record))
+    if a.out:
+        Path(a.out).parent.mkdir(parents=True, exist_ok=True)
+        Path(a.out).write_text(json.dumps({**record, "model": a.model}, indent=2, default=float) + "\n")
+
+
+def suite_run(a: argparse.Namespace) -> int:
+    from . import suite
+
+    return suite.run(a.manifest, only=a.only, jobs=a.jobs, dry_run=a.dry_run, force=a.force)
+
+
+def suite_status(a: argparse.Namespace) -> None:
+    from . import suite
+
+    print(suite.status(a.manifest))
+
+
+def suite_publish(a: argparse.Namespace) -> None:
+    from . import suite
+
+    suite.publish(a.manifest)
+
+
+def suite_new(a: argparse.Namespace) -> None:
+    from . import suite
+
+    suite.new(a.manifest)
+
+
+def runs_list(a: argparse.Namespace) -> None:
+    from . import report, runs
+
+    history = runs.history()
+    print(report.EMPTY if history.empty else report.text_table(report.arrange(history)))
+
+
+def runs_show(a: argparse.Namespace) -> None:
+    from . import report, runs
+
+    print(report.describe(runs.find(a.run)))
+
+
+def runs_compare(a: argparse.Namespace) -> None:
+    from . import report, runs
+
+    print(report.text_table(report.compare(runs.find(a.first), runs.find(a.second))))
+
+
+def runs_best(a: argparse.Namespace) -> None:
+    from . import report, runs
+
+    history = runs.history()
+    print(report.EMPTY if history.empty else report.text_table(report.best(history, a.metric, a.limit)))
+
+
+def runs_tag(a: argparse.Namespace) -> None:
+    from . import runs
+
+    runs.tag(a.run, a.tag)
+
+
+def runs_export(a: argparse.Namespace) -> None:
+    from . import runs
+
+    runs.history().to_csv(a.out or sys.stdout, index=False)
+
+
+def report(a: argparse.Namespace) -> None:
+    from . import report as page
+
+    _check_writable(Path(a.out).parent)
+    written = page.report(a.out)
+    print(f"Wrote {written}." if written else page.EMPTY)
+
+
+def watch(a: argparse.Namespace) -> None:
+    from . import report
+
+    report.watch(a.run)
+
+
+def data(a: argparse.Namespace) -> None:
+    from . import assets, report
+
+    for part in CACHED if a.clear == "all" else (a.clear,) if a.clear else ():
+        shutil.rmtree(assets.cache_dir() / part, ignore_errors=True)
+    if a.fetch:
+        for name in assets.NAMES:
+            assets.asset(name)
+    print(report.cached())

@@ -1,0 +1,76 @@
+"""One bar for a long walk, and a small file beside it that `reconkit watch` reads from another process."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from .assets import cache_dir
+
+QUIET = 30.0  # seconds between plain lines where the output is not a terminal
+
+
+def folder() -> Path:
+    """Where running walks leave their state, one file a process."""
+    return cache_dir() / "progress"
+
+
+class Progress:
+    """Counts equal steps; shows a bar with an estimate (plain lines off a terminal) and keeps the state on disk.
+
+    The state is {pid, title, done, total, started, updated, seconds_left} and whatever `step` is given.
+    """
+
+    def __init__(self, title: str, total: int, *, show: bool = True) -> None:
+        self.title, self.total, self.done, self.started = title, total, 0, time.time()
+        terminal = sys.stderr.isatty()
+        self.bar = tqdm(
+            total=total, desc=title, disable=not show, file=sys.stderr, leave=False, mininterval=0.2 if terminal else QUIET, ascii=None if terminal else True
+        )
+        self.file = folder() / f"{os.getpid()}.json"
+        self.written = 0.0
+        self.facts: dict[str, Any] = {}
+
+    def step(self, steps: int = 1, **facts: Any) -> None:
+        """Count `steps` and say where the walk is."""
+        self.done += steps
+        self.facts.update(facts)
+        self.bar.update(steps)
+        if facts:
+            self.bar.set_postfix({k: f"{v:.3g}" if isinstance(v, float) else v for k, v in facts.items()}, refresh=False)
+        if time.time() - self.written > 0.5 or self.done >= self.total:
+            self._write()
+
+    def _write(self) -> None:
+        now = self.written = time.time()
+        rate = (now - self.started) / self.done if self.done else None
+        state = {
+            "pid": os.getpid(),
+            "title": self.title,
+            "done": self.done,
+            "total": self.total,
+            "started": self.started,
+            "updated": now,
+            "seconds_left": rate * (self.total - self.done) if rate else None,
+            **self.facts,
+        }
+        partial = self.file.with_suffix(".partial")
+        try:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            partial.write_text(json.dumps(state))
+            partial.replace(self.file)
+        except OSError:
+            pass  # a full disk must not end the work that is being watched
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+        self.file.unlink(missing_ok=True)

@@ -1,0 +1,443 @@
+"""The walk through the model, as section 2 of the paper reads. The only room that knows the order of things.
+
+For each window of blocks: bring both streams before it, compute the target with the dense blocks, prune the blocks that
+are new, train the window towards the target. A block's error is measured when the streams advance through it, after its
+last training.
+
+    dense   x̄ᵢ₊₁ = gᵢ(w̄ᵢ ; x̄ᵢ)            sparse   xᵢ₊₁ = gᵢ(mᵢ⊙wᵢ ; xᵢ)
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from . import cost, criteria
+from .checkpoint import Checkpoint
+from .config import ConfigError, PruneConfig, nm_pattern
+from .models import WeightView, blocks, weight_views
+from .progress import Progress
+from .reconstruct import reconstruct, resolve_precision
+from .streams import InputTap, Runner, batches, error, storage_device
+
+FEW_TOKENS = 2  # an expert needs this many tokens per input column, else its mask is by magnitude
+
+
+@dataclass
+class PruneResult:
+    """What a pruning did, measured on the way."""
+
+    errors: pd.DataFrame
+    "block (int from 0), source (calibration | extra | a held-out name), mse, nmse"
+    training: pd.DataFrame
+    'window ("3" or "3+4"), epoch (0 = before training), source, loss'
+    sparsity: float
+    "Share of zeros that the masks put into the prunable matrices of all blocks."
+    seconds: float
+    "Wall time of the whole walk."
+    peak_memory: dict[str, int]
+    '"gpu": peak bytes on the GPU, "rss": peak bytes of RAM above what was in use before.'
+    notes: list[str]
+    "What the reader should know: what was left dense, raised damping, experts with few tokens, skipped steps."
+
+
+@dataclass
+class Walk:
+    """The state between two windows; everything that a checkpoint holds."""
+
+    position: int
+    "Block before which the sparse stream stands."
+    sparse: dict[str, Tensor]
+    "Per source (N, T, H)."
+    dense: dict[int, dict[str, Tensor]]
+    "Dense streams by position, from `position` to the furthest block that a target needed."
+    masks: dict[str, Tensor] = field(default_factory=dict)
+    "Kept entries (out, in) by view name, of the blocks that later windows still train."
+    zeros: int = 0
+    errors: list[tuple[int, str, float, float]] = field(default_factory=list)
+    training: list[tuple[str, int, str, float]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    pruned: int = 0
+
+
+def windows(count: int, width: int, overlap: int) -> list[range]:
+    """The windows over `count` blocks: width 1 is {0}, {1}, …; width 2 overlapping by 1 is {0}, {0,1}, …, {L−1}."""
+    starts = range(-overlap, count, width - overlap)
+    return [range(max(start, 0), min(start + width, count)) for start in starts if start + width > 0]
+
+
+def prune(
+    model: nn.Module,
+    samples: Tensor,
+    config: PruneConfig,
+    *,
+    extra: Tensor | None = None,
+    held_out: Mapping[str, Tensor] | None = None,
+    checkpoint: str | Path | None = None,
+    progress: bool = True,
+) -> PruneResult:
+    """Prune and reconstruct `model` in place; it keeps its modules, dtype, device, flags and state_dict keys.
+
+    Args:
+        model: any decoder that transformers builds.
+        samples: calibration tokens (N, T): they choose the masks and train.
+        config: how; see `PruneConfig`.
+        extra: tokens (N', T) that only train, such as self-generated text.
+        held_out: name → tokens (N'', T) that do neither; the error is measured on them, block by block.
+        checkpoint: a folder in which the state is kept after every window; a killed run continues from it.
+        progress: show one bar with an estimate.
+
+    Raises:
+        ConfigError: something that cannot be done, by name and reason, before the first block.
+        FloatingPointError: NaN or infinity in an activation or a loss, with block, layer or epoch.
+    """
+    _check(model, samples, config, extra, held_out)
+    name, layers = blocks(model)
+    sources = {"calibration": samples, **({} if extra is None else {"extra": extra}), **(held_out or {})}
+    switches = [(m, m.training) for m in model.modules()]
+    started = time.perf_counter()
+    with cost.measure() as used, _eager_experts(model), torch.random.fork_rng(devices=[]):
+        model.eval()
+        try:
+            walk, found = _walk(model, layers, name, sources, config, checkpoint, progress)
+        finally:
+            for module, training in switches:
+                module.training = training
+    _verify(layers, found, walk, config)
+    entries = sum(math.prod(v.get().shape) for views in found.views for v in views)
+    return PruneResult(
+        errors=pd.DataFrame(walk.errors, columns=["block", "source", "mse", "nmse"]),
+        training=pd.DataFrame(walk.training, columns=["window", "epoch", "source", "loss"]),
+        sparsity=walk.zeros / entries,
+        seconds=time.perf_counter() - started,
+        peak_memory={"gpu": used.gpu_bytes, "rss": used.rss_bytes},
+        notes=walk.notes,
+    )
+
+
+def _walk(
+    model: nn.Module, layers: nn.ModuleList, name: str, sources: dict[str, Tensor], config: PruneConfig, folder: str | Path | None, progress: bool
+) -> tuple[Walk, Found]:
+    runner = Runner(model, layers)
+    found = find(runner, sources["calibration"][: config.batch_size], config)
+    plan = windows(len(layers), config.window_blocks, config.overlap_blocks)
+    saved = Checkpoint.open(folder, model, sources, config) if folder is not None else None
+    resumed = saved.load(layers) if saved else None
+    if resumed:
+        done, walk = resumed[0], Walk(**resumed[1])
+    else:
+        done, walk = 0, _begin(runner, sources, config, found.notes)
+    dense_copies: dict[int, nn.Module] = {}
+    precision = resolve_precision(config.precision, str(runner.device)) if config.trains else "fp32"
+    epochs = _epochs(config, sources) if config.trains else 0
+    with Progress(f"{config.technique} {config.criterion}", len(plan) * (epochs + 1), show=progress) as bar:
+        bar.step(done * (epochs + 1))
+        for number, window in enumerate(plan[done:], done):
+            try:
+                _advance(runner, walk, window.start, config, found)
+                _window(runner, walk, window, config, found, dense_copies, precision, number, bar)
+                if saved:
+                    saved.save(number + 1, layers, window, vars(walk))
+            except KeyboardInterrupt:
+                if saved:
+                    print(f"\nStopped before window {number + 1} of {len(plan)}; the same call with checkpoint={str(folder)!r} continues there.")
+                raise
+            except torch.OutOfMemoryError as error:
+                raise RuntimeError(
+                    f"Out of GPU memory in blocks {_label(window)}; set micro_batch={max(1, (config.micro_batch or config.batch_size) // 2)} or recompute=True."
+                ) from error
+        _advance(runner, walk, len(layers), config, found)
+        if saved:
+            saved.save(len(plan), layers, range(len(layers), len(layers)), vars(walk))
+    return walk, found
+
+
+def _begin(runner: Runner, sources: dict[str, Tensor], config: PruneConfig, notes: list[str]) -> Walk:
+    embedded = {}
+    for source, ids in sources.items():
+        states = runner.embed(ids, config.batch_size)
+        embedded[source] = states.to(storage_device(states.device, 4 * states.nbytes * len(sources)))
+        _finite(embedded[source], f"the embeddings of {source}")
+    return Walk(position=0, sparse=embedded, dense={0: embedded}, notes=list(notes))
+
+
+def _advance(runner: Runner, walk: Walk, position: int, config: PruneConfig, found: Found) -> None:
+    """Both streams to `position`; each block passed has had its last training, so its error is measured."""
+    while walk.position < position:
+        i = walk.position
+        for source, states in walk.sparse.items():
+            walk.sparse = {**walk.sparse, source: runner.advance([i], states, config.batch_size)}
+            _finite(walk.sparse[source], f"the output of block {i} on {source}")
+            walk.errors.append((i, source, *error(walk.dense[i + 1][source], walk.sparse[source])))
+        del walk.dense[i]
+        for view in found.views[i]:
+            walk.masks.pop(f"{i}.{view.name}", None)
+        walk.position = i + 1
+
+
+def _window(
+    runner: Runner,
+    walk: Walk,
+    window: range,
+    config: PruneConfig,
+    found: Found,
+    dense_copies: dict[int, nn.Module],
+    precision: str,
+    number: int,
+    bar: Progress,
+) -> None:
+    """Target, masks of the new blocks, training; the streams stand before `window`."""
+    new = [i for i in window if i >= walk.pruned]
+    for i in new:  # still dense: the dense stream passes through them now
+        walk.dense[i + 1] = {s: runner.advance([i], x, config.batch_size) for s, x in walk.dense[i].items()}
+    targets = walk.dense[window.stop]
+    if config.trains and config.target_stream == "sparse":
+        targets = {s: runner.advance(window, x, config.batch_size, dense_copies) for s, x in walk.sparse.items()}
+    for i in new:
+        if config.trains and config.target_stream == "sparse" and config.overlap_blocks:
+            dense_copies[i] = copy.deepcopy(runner.blocks[i])
+        _prune_block(runner, walk, window, i, config, found)
+        walk.pruned = i + 1
+    bar.step(block=window.stop - 1)
+    if not config.trains:
+        return
+    inputs = walk.dense[window.start] if config.reconstruction_input == "dense" else walk.sparse
+    pairs = {source: (inputs[source], targets[source]) for source in inputs}
+    modules = [runner.blocks[i] for i in window]
+    masks = _parameter_masks(found, walk, window)
+    dtypes = [(p, p.dtype) for m in modules for p in m.parameters()]
+    for module in modules:
+        module.float()
+    trained = reconstruct(
+        modules,
+        lambda x: runner.through(window, x),
+        masks,
+        {s: p for s, p in pairs.items() if s in ("calibration", "extra")},
+        {s: p for s, p in pairs.items() if s not in ("calibration", "extra")},
+        config,
+        precision=precision,
+        where=f"block {_label(window)}",
+        stream=number,
+        on_epoch=lambda epoch, epochs, rows: bar.step(int(epoch > 0), epoch=epoch, loss=rows[0][2]),
+    )
+    for p, dtype in dtypes:
+        p.data = p.data.to(dtype)
+    walk.training += [(_label(window), *row) for row in trained.losses]
+    if trained.skipped:
+        walk.notes.append(f"Blocks {_label(window)}: fp16 skipped {trained.skipped} steps whose gradients overflowed.")
+    for i in [i for i in dense_copies if i <= window.start]:
+        del dense_copies[i]
+
+
+@torch.no_grad()
+def _prune_block(runner: Runner, walk: Walk, window: range, index: int, config: PruneConfig, found: Found) -> None:
+    """One forward through the block for its statistics, then all its matrices at once."""
+    nm = nm_pattern(config.pattern)
+    groups = [[v for v in group if v.name in found.chosen] for group in found.groups[index]]
+    groups = [g for g in groups if g]
+    statistics = _statistics(runner, walk, window, index, groups, config) if config.criterion != "magnitude" else {}
+    for group in groups:
+        sparsities = [config.sparsity_of(found.full_name(index, v)) for v in group]
+        weights = [v.get() for v in group]
+        seen = statistics.get(group[0].name)
+        few = seen is not None and group[0].index is not None and seen.count < FEW_TOKENS * weights[0].shape[1]
+        if config.criterion == "magnitude" or few:
+            masks = [criteria.magnitude_mask(w.float(), s, nm) for w, s in zip(weights, sparsities, strict=True)]
+        elif config.criterion == "wanda":
+            masks = [criteria.wanda_mask(w.float(), seen, s, nm) for w, s in zip(weights, sparsities, strict=True)]
+        else:
+            new, masks, notes = criteria.sparsegpt(
+                [w.float() for w in weights], seen, sparsities, nm, damping=config.damping, column_block=config.column_block
+            )
+            walk.notes += [f"Block {index}, {', '.join(v.name for v in group)}: {note}" for note in notes]
+            for w, value in zip(weights, new, strict=True):
+                w.copy_(value)
+        if few:
+            walk.notes.append(f"Block {index}, {group[0].name}: {seen.count} tokens for {weights[0].shape[1]} columns, so its mask is by magnitude.")
+        for view, w, mask in zip(group, weights, masks, strict=True):
+            w.mul_(mask)
+            walk.masks[f"{index}.{view.name}"] = mask
+            walk.zeros += mask.numel() - int(mask.sum())
+
+
+def _statistics(
+    runner: Runner, walk: Walk, window: range, index: int, groups: list[list[WeightView]], config: PruneConfig
+) -> dict[str, criteria.Statistics]:
+    """Statistics of each distinct input of a block, by the name of its group's first view.
+
+    The calibration stream stands before the window; it passes through the window's earlier blocks as they now are.
+    """
+    first = {group[0].name: group for group in groups}
+    device, hessian = runner.device, config.criterion == "sparsegpt"
+    statistics = {name: criteria.Statistics(group[0].get().shape[1], hessian=hessian, device=device) for name, group in first.items()}
+
+    def seen(view: WeightView, x: Tensor, _: bool) -> None:
+        if view.name in statistics:
+            if not torch.isfinite(x).all():
+                raise FloatingPointError(f"The input of block {index}, {view.name} holds NaN or infinity on the calibration samples.")
+            statistics[view.name].add(x.reshape(-1, x.shape[-1]))
+
+    dense = config.statistics_input == "dense"
+    states = walk.dense[index]["calibration"] if dense else walk.sparse["calibration"]
+    before = range(0) if dense else range(window.start, index)
+    with InputTap([group[0] for group in groups], seen):
+        for _, batch in batches(states, config.batch_size, device, runner.dtype):
+            runner.call(index, runner.through(before, batch))
+    return statistics
+
+
+@dataclass
+class Found:
+    """The prunable matrices of every block, and which of them read the same input."""
+
+    prefix: str
+    views: list[list[WeightView]]
+    groups: list[list[list[WeightView]]]
+    chosen: set[str]
+    notes: list[str]
+
+    def full_name(self, index: int, view: WeightView) -> str:
+        return f"{self.prefix}.{index}.{view.name}"
+
+
+def find(runner: Runner, ids: Tensor, config: PruneConfig) -> Found:
+    """Watch one forward of the model: which matrices are used, how they are laid out and which share an input.
+
+    Raises:
+        ConfigError: a matrix whose product is not seen, so that no statistics could be had for it; a sparsity pattern
+            that does not divide a matrix; nothing chosen by `layers`.
+    """
+    name, per_block, dense = blocks(runner.model)[0], [], set()
+    for block in runner.blocks:
+        views, left = weight_views(block)
+        per_block.append(views)
+        dense |= set(left)
+    owner = {id(v): i for i, views in enumerate(per_block) for v in views}
+    inputs: list[list[tuple[Tensor, list[WeightView]]]] = [[] for _ in per_block]
+    straight: dict[int, bool] = {}
+
+    def seen(view: WeightView, x: Tensor, linear: bool) -> None:
+        straight[id(view.parameter)] = linear
+        rows = inputs[owner[id(view)]]
+        group = next((g for known, g in rows if known is x), None)
+        if group is None:
+            rows.append((x, [view]))
+        elif view not in group:
+            group.append(view)
+
+    runner.record(ids, InputTap([v for views in per_block for v in views], seen))
+    views = [[v if straight.get(id(v.parameter), not v.transposed) != v.transposed else v.turned() for v in row] for row in per_block]
+    groups = []
+    for i, row in enumerate(views):
+        by_name = {v.name: v for v in row}
+        known = [[by_name[v.name] for v in group] for _, group in inputs[i]]
+        used = {v.name for group in known for v in group}
+        for v in row:
+            if v.name not in used and v.index is None:
+                raise ConfigError(f"{name}.{i}.{v.name} is not used as a plain matrix product, so it has no statistics; exclude it through `layers`.")
+        groups.append(known + [[v] for v in row if v.name not in used])
+    chosen = {v.name for row in views for v in row if _wanted(v, config)}
+    if not chosen:
+        raise ConfigError(f"layers is {config.layers!r}, which matches none of: {', '.join(sorted({v.name for row in views for v in row})[:12])}.")
+    nm = nm_pattern(config.pattern)
+    for i, row in enumerate(views):
+        for v in row:
+            if nm and v.name in chosen and v.get().shape[1] % nm[1]:
+                raise ConfigError(f"pattern is {config.pattern!r}, but {name}.{i}.{v.name} has {v.get().shape[1]} inputs, which {nm[1]} does not divide.")
+    notes = [f"Left dense inside the blocks: {', '.join(sorted(dense))}."] if dense else []
+    return Found(name, views, groups, chosen, notes)
+
+
+def _wanted(view: WeightView, config: PruneConfig) -> bool:
+    from fnmatch import fnmatchcase
+
+    if isinstance(config.layers, tuple):
+        return any(fnmatchcase(view.name, pattern) for pattern in config.layers)
+    return config.layers == "all" or view.attention == (config.layers == "attention")
+
+
+def _parameter_masks(found: Found, walk: Walk, window: range) -> dict[nn.Parameter, Tensor]:
+    """Masks in the layout of the parameters that hold the views."""
+    masks: dict[nn.Parameter, Tensor] = {}
+    for i in window:
+        for view in found.views[i]:
+            mask = walk.masks.get(f"{i}.{view.name}")
+            if mask is None:
+                continue
+            mask = mask.t() if view.transposed else mask
+            if view.index is None:
+                masks[view.parameter] = mask
+            else:
+                masks.setdefault(view.parameter, torch.ones_like(view.parameter, dtype=torch.bool))[view.index] = mask
+    return masks
+
+
+def _verify(layers: nn.ModuleList, found: Found, walk: Walk, config: PruneConfig) -> None:
+    """Every block was pruned, and its matrices hold at least the zeros that the masks put there."""
+    zeros = sum(int((v.get() == 0).sum()) for row in found.views for v in row)
+    if walk.pruned != len(layers) or zeros < walk.zeros:
+        raise RuntimeError(f"{walk.pruned} of {len(layers)} blocks were pruned and {zeros} of {walk.zeros} masked weights are zero; this is a bug.")
+    if {b for b, *_ in walk.errors} != set(range(len(layers))):
+        raise RuntimeError("Not every block's error was measured; this is a bug.")
+
+
+def _check(model: nn.Module, samples: Tensor, config: PruneConfig, extra: Tensor | None, held_out: Mapping[str, Tensor] | None) -> None:
+    vocabulary = model.get_input_embeddings().num_embeddings
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    for name, ids in {"samples": samples, "extra": extra, **{f"held_out[{k}]": v for k, v in (held_out or {}).items()}}.items():
+        if ids is None:
+            continue
+        if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.is_floating_point() or not ids.numel():
+            raise ConfigError(f"{name} must be a tensor of token ids (samples, tokens), not {getattr(ids, 'shape', type(ids).__name__)}.")
+        if int(ids.min()) < 0 or int(ids.max()) >= vocabulary:
+            raise ConfigError(f"{name} holds token {int(ids.max())}, beyond the model's vocabulary of {vocabulary}: another model's tokenizer?")
+        if limit and ids.shape[1] > limit:
+            raise ConfigError(f"{name} has {ids.shape[1]} tokens a sample, more than the model's context of {limit}.")
+    for name in held_out or {}:
+        if name in ("calibration", "extra"):
+            raise ConfigError(f"A held-out set cannot be called {name!r}, the name of a training source.")
+    if extra is not None and extra.shape[1] != samples.shape[1]:
+        raise ConfigError(f"extra has {extra.shape[1]} tokens a sample and samples {samples.shape[1]}; they are trained together and must agree.")
+    if config.early_stopping is not None and not held_out:
+        raise ConfigError("early_stopping needs held_out samples to watch.")
+    if any(p.is_meta for p in model.parameters()):
+        raise ConfigError("The model has weights that are not loaded (on the meta device).")
+
+
+def _epochs(config: PruneConfig, sources: Mapping[str, Tensor]) -> int:
+    per_epoch = math.ceil(sum(len(sources[s]) for s in ("calibration", "extra") if s in sources) / config.batch_size)
+    return config.epochs if config.steps is None else math.ceil(config.steps / per_epoch)
+
+
+def _finite(states: Tensor, what: str) -> None:
+    if not torch.isfinite(states).all():
+        raise FloatingPointError(f"There is NaN or infinity in {what}; load the model in float32 or another precision.")
+
+
+def _label(window: range) -> str:
+    return "+".join(str(i) for i in window)
+
+
+class _eager_experts:
+    """Experts run one by one for the walk, so that each expert's product can be seen."""
+
+    def __init__(self, model: nn.Module) -> None:
+        configs = {id(m.config): m.config for m in model.modules() if getattr(m, "config", None) is not None}
+        self.configs = [c for c in configs.values() if getattr(c, "_experts_implementation", None) not in (None, "eager")]
+
+    def __enter__(self) -> None:
+        self.before = [c._experts_implementation for c in self.configs]
+        for c in self.configs:
+            c._experts_implementation = "eager"
+
+    def __exit__(self, *_: object) -> None:
+        for c, value in zip(self.configs, self.before, strict=True):
+            c._experts_implementation = value

@@ -1,0 +1,277 @@
+"""The dashboard page and the terminal monitor, drawn from the run records and from what running processes leave behind."""
+
+from __future__ import annotations
+
+import html
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+
+from . import progress, runs
+from .assets import cache_dir
+from .config import one_of, require, to_dict
+from .overfit import verdict
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+EMPTY = "No run is recorded yet; `reconkit suite run papermill_runs/smoke.toml` makes some in minutes."
+FIRST = ("id", "created", "tag", "model", "corpus", "criterion", "technique", "pattern", "sparsity", "verdict")
+"Columns that lead the table, in this order, where the history has them."
+HIGHER = ("accuracy/", "speed/")
+"Measurements of which more is better."
+BOUNDS = ("/low", "/high")
+"Interval ends: in the export, not in the table."
+
+PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>reconkit: runs</title>
+<style>
+body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 90rem; padding: 0 1rem; color: #222; }}
+.wide {{ overflow-x: auto; }}
+table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 0.9rem; }}
+th, td {{ padding: 0.25rem 0.6rem; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap; }}
+th {{ position: sticky; top: 0; background: #f4f4f4; }}
+figure {{ margin: 1.5rem 0; max-width: 48rem; }}
+figure svg {{ max-width: 100%; height: auto; }}
+</style>
+</head>
+<body>
+<h1>Runs</h1>
+<p>{summary}</p>
+{figure}
+<div class="wide">
+{table}
+</div>
+<p>Perplexity and NMSE: lower is better. NMSE is the mean square difference between the dense and the pruned model's final block
+output, divided by the dense one's mean square. Times compare only on the same machine.</p>
+</body>
+</html>
+"""
+
+
+def report(out: str | Path) -> Path | None:
+    """Write the runs history as one self-contained HTML page.
+
+    Args:
+        out: the file; its folder is made where it is missing.
+
+    Returns:
+        The file, or None where no run is recorded yet (then nothing is written).
+    """
+    history = runs.history()
+    if history.empty:
+        return None
+    path = Path(out)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(page(history), encoding="utf-8")
+    os.replace(partial, path)
+    return path
+
+
+def page(history: DataFrame) -> str:
+    """The page of a history; every text that comes from a run is escaped."""
+    table = arrange(history)
+    body = table.to_html(index=False, escape=True, border=0, na_rep="", formatters=[show] * table.shape[1])
+    models = ", ".join(sorted({str(m) for m in history.get("model", [])}))
+    summary = html.escape(f"{len(history)} runs of {models}, newest first, as of {time.strftime('%Y-%m-%d %H:%M')}.")
+    return PAGE.format(summary=summary, figure=_figure(history), table=body)
+
+
+def arrange(history: DataFrame) -> DataFrame:
+    """Newest first, the describing columns in front, then the measurements without their interval ends and empty columns."""
+    table = history.sort_values("created", ascending=False) if "created" in history else history
+    first = [c for c in FIRST if c in table]
+    measured = [c for c in table.columns if "/" in str(c) and not str(c).endswith(BOUNDS)]
+    return table[first + measured].dropna(axis="columns", how="all")
+
+
+def show(value: Any) -> str:
+    """A cell: floats to four figures, bytes and times are left to their columns' units."""
+    if value is None or value != value:
+        return ""
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1e5 else f"{value:.4g}"
+    return str(value)
+
+
+def _figure(history: DataFrame) -> str:
+    """Perplexity against reconstruction error over all runs, inline."""
+    return ""
+
+
+def compare(first: Any, second: Any) -> DataFrame:
+    """Every measurement of two runs, side by side, with the change from the first to the second."""
+    from pandas import Series, concat
+
+    names = [n for n in dict.fromkeys([*first.metrics, *second.metrics]) if not n.endswith(BOUNDS)]
+    a, b = (Series([run.metrics.get(n) for n in names], dtype=float) for run in (first, second))
+    relative = ((b - a) / a.abs().where(a != 0)).map("{:+.1%}".format, na_action="ignore")
+    return concat([Series(names), a, b, b - a, relative], axis="columns", keys=["metric", first.id, second.id, "change", "relative"])
+
+
+def best(history: DataFrame, metric: str, limit: int) -> DataFrame:
+    """The runs ranked by a measurement, lowest first; highest first for accuracy and speed.
+
+    Raises:
+        ConfigError: no run has such a measurement; the message lists those there are.
+    """
+    metrics = [c for c in history.columns if "/" in str(c) and not str(c).endswith(BOUNDS)]
+    require(metric in metrics, "--metric", metric, one_of(tuple(metrics)))
+    require(limit > 0, "--limit", limit, "a whole number of at least 1")
+    ranked = history.dropna(subset=[metric]).sort_values(metric, ascending=not metric.startswith(HIGHER)).head(limit)
+    return ranked[[c for c in FIRST if c in ranked] + [metric]].dropna(axis="columns", how="all")
+
+
+def describe(run: Any) -> str:
+    """A recorded run in the terminal: how it was made, what was measured, what to know."""
+    facts = {"run": run.id, "folder": run.folder, **_flat(to_dict(run.config))}
+    parts = [_pairs(facts), _pairs(run.metrics)]
+    return "\n\n".join([*parts, *(["\n".join(run.notes)] if run.notes else [])])
+
+
+def summary(result: Any) -> str:
+    """A finished pruning in the terminal: final block's error by source, verdict, cost, notes."""
+    last = result.errors[result.errors["block"] == result.errors["block"].max()]
+    word, reasons = verdict(result)
+    facts = {
+        "sparsity": result.sparsity,
+        "time": _clock(result.seconds),
+        "peak memory": ", ".join(f"{size(n)} {name}" for name, n in result.peak_memory.items() if n),
+        "verdict": " ".join([word, *(f"({reason})" for reason in reasons)]),
+    }
+    return "\n".join([text_table(last), "", _pairs(facts), *result.notes])
+
+
+def evaluation(record: dict[str, Any]) -> str:
+    """An evaluation record in the terminal."""
+    from pandas import DataFrame
+
+    tables = [DataFrame(record[part]) for part in ("perplexity", "zero_shot") if len(record.get(part) or ())]
+    facts = _flat({part: record[part] for part in ("size", "speed", "cost") if record.get(part)})
+    return "\n\n".join([*(text_table(t.drop(columns="nll", errors="ignore")) for t in tables), _pairs(facts)])
+
+
+def cached() -> str:
+    """What lies in the cache: every asset, model and run, with its size."""
+    folder = cache_dir()
+    sizes = {f"{part.name}/{entry.name}": _bytes(entry) for part in _folders(folder) for entry in _folders(part)}
+    total = f"{size(sum(sizes.values()))} in {folder}, limit {size(runs.cache_limit())} (RECONKIT_CACHE_LIMIT)"
+    return "\n".join([*(f"{size(count):>10}  {name}" for name, count in sizes.items()), total])
+
+
+def _folders(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.iterdir() if p.is_dir())
+
+
+def _bytes(folder: Path) -> int:
+    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+
+
+def size(count: float) -> str:
+    """Bytes in the unit that reads best."""
+    for unit in ("bytes", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}"
+        count /= 1000
+    return f"{count:.1f} GB"
+
+
+def _flat(plain: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in plain.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {f"{prefix}{name}": value}
+    return flat
+
+
+def _pairs(facts: dict[str, Any]) -> str:
+    width = max(map(len, facts), default=0)
+    return "\n".join(f"{name:<{width}}  {show(value)}" for name, value in facts.items())
+
+
+def running() -> list[dict[str, Any]]:
+    """The states of the walks that are running now, oldest first."""
+    states = []
+    for file in progress.folder().glob("*.json"):
+        try:
+            state = json.loads(file.read_text())
+        except (OSError, ValueError):  # gone since the listing
+            continue
+        if psutil.pid_exists(state["pid"]):
+            states.append(state)
+    return sorted(states, key=lambda state: state["started"])
+
+
+def line(state: dict[str, Any]) -> str:
+    """One line on a running walk."""
+    left = state.get("seconds_left")
+    facts = {k: v for k, v in state.items() if k not in ("pid", "title", "done", "total", "started", "updated", "seconds_left")}
+    return "  ".join(
+        [
+            f"{state['title']} (process {state['pid']})",
+            f"{state['done'] / max(state['total'], 1):4.0%}",
+            *(f"{k} {show(v)}" for k, v in facts.items()),
+            f"{_clock(time.time() - state['started'])} so far",
+            f"about {_clock(left)} left" if left is not None else "",
+        ]
+    ).rstrip()
+
+
+def watch(run: str | None = None, *, interval: float = 1.0) -> None:
+    """Show the running walks in the terminal until they end; without one, the last recorded runs.
+
+    Args:
+        run: a process number to watch that one only, or a recorded run (id, its beginning, or tag) to show it.
+        interval: seconds between looks.
+
+    Raises:
+        ConfigError: no running walk and no recorded run is called `run`.
+    """
+    watched = _watched(run)
+    if not watched:
+        print(_recorded(run))
+        return
+    shown: list[str] = []
+    while watched:
+        lines = [line(state) for state in watched]
+        if lines != shown:
+            back = f"\x1b[{len(shown)}F\x1b[J" if shown and sys.stdout.isatty() else ""
+            print(back + "\n".join(lines), flush=True)
+            shown = lines
+        time.sleep(interval)
+        watched = _watched(run)
+    print("Done: nothing is running any more.")
+
+
+def _watched(run: str | None) -> list[dict[str, Any]]:
+    return [state for state in running() if run in (None, str(state["pid"]))]
+
+
+def _recorded(run: str | None) -> str:
+    if run is not None:
+        found = runs.find(run)
+        return "\n".join([f"run {found.id}", *(f"  {name}  {show(value)}" for name, value in found.metrics.items())])
+    history = runs.history()
+    if history.empty:
+        return f"Nothing is running. {EMPTY}"
+    return "Nothing is running. The last runs:\n" + text_table(arrange(history).head(5))
+
+
+def text_table(table: DataFrame) -> str:
+    """A table for the terminal."""
+    return table.to_string(index=False, na_rep="", formatters=[show] * table.shape[1])
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

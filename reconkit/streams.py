@@ -1,0 +1,189 @@
+"""Streams of hidden states through the blocks. The only room that calls a block.
+
+Letters: N samples, B samples of a batch, T tokens, H hidden. A source is one set of samples ("calibration", "extra" or
+a held-out name). Each source flows twice: dense through the original blocks, sparse through the pruned ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from transformers.cache_utils import Cache
+
+from .models import WeightView
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class Runner:
+    """Calls single blocks exactly as the model would: it records once how the model calls each of them.
+
+    One forward of the model per (batch size, length) keeps, for every block, all arguments besides the hidden states:
+    families hand different masks and rotary embeddings to different blocks, and some masks depend on the batch size.
+    """
+
+    def __init__(self, model: nn.Module, blocks: nn.ModuleList) -> None:
+        self.model, self.blocks = model, blocks
+        self._calls: dict[tuple[int, int], list[Call]] = {}
+
+    def record(self, ids: Tensor, tap: InputTap | None = None) -> None:
+        """Record the calls for the batch size and length of `ids` (B, T); `tap` sees the products meanwhile."""
+        calls: list[Call] = []
+        handles = [block.register_forward_pre_hook(lambda _, a, k: calls.append(_without_states(a, k)), with_kwargs=True) for block in self.blocks]
+        try:
+            with torch.no_grad(), tap or _nothing():
+                self._forward(ids)
+        finally:
+            for handle in handles:
+                handle.remove()
+        if len(calls) != len(self.blocks):
+            raise RuntimeError(f"The model called its {len(self.blocks)} blocks {len(calls)} times in one forward, so they cannot be run one by one.")
+        known: dict[int, Tensor] = {}
+        self._calls[tuple(ids.shape)] = [(_once(a, known), _once(k, known)) for a, k in calls]
+
+    def _forward(self, ids: Tensor) -> None:
+        base = self.model.base_model if hasattr(self.model, "base_model") else self.model
+        base(input_ids=ids.to(next(self.model.parameters()).device), use_cache=False)
+
+    def embed(self, ids: Tensor, batch_size: int) -> Tensor:
+        """What enters the first block, (N, T) → (N, T, H), in the model's dtype."""
+        states: list[Tensor] = []
+
+        def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            states.append(args[0] if args else kwargs["hidden_states"])
+            raise _Reached
+
+        handle = self.blocks[0].register_forward_pre_hook(stop, with_kwargs=True)
+        try:
+            with torch.no_grad():
+                for batch in ids.split(batch_size):
+                    try:
+                        self._forward(batch)
+                    except _Reached:
+                        pass
+        finally:
+            handle.remove()
+        return torch.cat(states)
+
+    def call(self, index: int, hidden: Tensor, block: nn.Module | None = None) -> Tensor:
+        """Block `index` on `hidden` (B, T, H) → (B, T, H); `block` stands in for it, such as its dense copy."""
+        shape = tuple(hidden.shape[:2])
+        if shape not in self._calls:
+            self.record(torch.zeros(shape, dtype=torch.long))
+        args, kwargs = self._calls[shape][index]
+        if hidden.dtype != self.dtype:  # a window trains in fp32 inside a half-precision model
+            args, kwargs = _cast(args, hidden.dtype), _cast(kwargs, hidden.dtype)
+        out = (block if block is not None else self.blocks[index])(hidden, *args, **kwargs)
+        return out if isinstance(out, Tensor) else out[0]
+
+    def through(self, indices: Iterable[int], hidden: Tensor, stand_in: dict[int, nn.Module] | None = None) -> Tensor:
+        """`hidden` (B, T, H) through several blocks in order."""
+        for i in indices:
+            hidden = self.call(i, hidden, (stand_in or {}).get(i))
+        return hidden
+
+    @torch.no_grad()
+    def advance(self, indices: Sequence[int], states: Tensor, batch_size: int, stand_in: dict[int, nn.Module] | None = None) -> Tensor:
+        """All stored samples (N, T, H) through the blocks `indices`, batch by batch; stored where and as they were."""
+        if not len(indices):
+            return states
+        out = torch.empty_like(states)
+        for chosen, batch in batches(states, batch_size, self.device, self.dtype):
+            out[chosen] = self.through(indices, batch, stand_in).to(out.device, out.dtype)
+        return out
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.blocks.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.model.parameters()).dtype
+
+
+class InputTap(TorchFunctionMode):
+    """Shows every matrix product with a watched weight: `seen(view, input)` before it is computed.
+
+    A product is recognised by the memory of its weight, so Linear, Conv1D and slices of expert parameters need no code
+    of their own, and layers that read one tensor are seen to read the same object.
+    """
+
+    SECOND = (torch.nn.functional.linear, torch.matmul, torch.mm, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.Tensor.mm)
+
+    def __init__(self, views: Iterable[WeightView], seen: Callable[[WeightView, Tensor, bool], None]) -> None:
+        super().__init__()
+        self.views, self.seen = {v.get().data_ptr(): v for v in views}, seen
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        place = 1 if func in self.SECOND else 2 if func is torch.addmm else None
+        if place is not None and len(args) > place and isinstance(args[place], Tensor):
+            view = self.views.get(args[place].data_ptr())
+            if view is not None and args[place].ndim == 2:
+                self.seen(view, args[place - 1], func is torch.nn.functional.linear)
+        return func(*args, **(kwargs or {}))
+
+
+def batches(states: Tensor, batch_size: int, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """(slice, samples on the device) over stored samples (N, T, H)."""
+    for start in range(0, len(states), batch_size):
+        chosen = slice(start, min(start + batch_size, len(states)))
+        yield chosen, states[chosen].to(device, dtype, non_blocking=True)
+
+
+def storage_device(device: torch.device, needed: int) -> torch.device:
+    """Where streams of `needed` bytes live: on the GPU if they take at most half of what is free, else in RAM."""
+    if device.type != "cuda":
+        return device
+    free, _ = torch.cuda.mem_get_info(device)
+    return device if needed <= free // 2 else torch.device("cpu")
+
+
+@torch.no_grad()
+def error(dense: Tensor, sparse: Tensor, batch_size: int = 8) -> tuple[float, float]:
+    """(MSE, NMSE) of two streams (N, T, H): mean square per scalar, and that over the dense stream's mean square.
+
+    Sums in float64.
+    """
+    difference = square = 0.0
+    for d, s in zip(dense.split(batch_size), sparse.split(batch_size), strict=True):
+        difference += float((d.float() - s.float()).square().sum(dtype=torch.float64))
+        square += float(d.float().square().sum(dtype=torch.float64))
+    return difference / dense.numel(), difference / square if square else float(difference > 0)
+
+
+class _Reached(Exception):
+    """The forward has reached the first block."""
+
+
+class _nothing:
+    def __enter__(self) -> None: ...
+    def __exit__(self, *_: object) -> None: ...
+
+
+def _without_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    """A block's arguments without its hidden states, and without any key-value cache."""
+    kwargs = {k: None if isinstance(v, Cache) else v for k, v in kwargs.items() if k != "hidden_states"}
+    return tuple(None if isinstance(a, Cache) else a for a in (args[1:] if args else ())), kwargs
+
+
+def _once(value: Any, known: dict[Any, Tensor]) -> Any:
+    """The same value with equal tensors replaced by one of them: twenty blocks share one mask."""
+    if isinstance(value, Tensor):
+        same = next((t for t in known.values() if t.shape == value.shape and t.dtype == value.dtype and torch.equal(t, value)), None)
+        return known.setdefault(id(value), value) if same is None else same
+    if isinstance(value, dict):
+        return {k: _once(v, known) for k, v in value.items()}
+    return type(value)(_once(v, known) for v in value) if type(value) in (list, tuple) else value
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    """The same value with floating tensors in `dtype`."""
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if isinstance(value, dict):
+        return {k: _cast(v, dtype) for k, v in value.items()}
+    return type(value)(_cast(v, dtype) for v in value) if type(value) in (list, tuple) else value

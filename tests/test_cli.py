@@ -1,0 +1,239 @@
+"""The command line: words, exit statuses, sentences instead of tracebacks."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from reconkit import cli, config
+
+ROOT = Path(__file__).parent.parent
+TINY = ["--model", "tiny", "--corpus", "pydocs", "--count", "4", "--length", "32"]
+WORDS = {
+    "prune": [],
+    "evaluate": [],
+    "suite": ["run", "status", "publish", "new"],
+    "runs": ["list", "show", "compare", "best", "tag", "export"],
+    "report": [],
+    "watch": [],
+    "data": [],
+}
+
+
+def status(*words: str) -> int:
+    """The exit status as a shell would see it."""
+    try:
+        return cli.main(words)
+    except SystemExit as stop:
+        return int(stop.code or 0)
+
+
+def in_a_process(*words: str, code: str = "") -> subprocess.CompletedProcess[str]:
+    command = ["-c", code] if code else ["-m", "reconkit", *words]
+    return subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def test_help_is_quick_and_imports_nothing_heavy() -> None:
+    code = (
+        "import sys\nfrom reconkit import cli\ntry: cli.main(['--help'])\nexcept SystemExit: pass\n"
+        "print(sorted({'torch', 'transformers', 'numpy', 'pandas', 'matplotlib', 'datasets'} & set(sys.modules)))"
+    )
+    assert in_a_process(code=code).stdout.splitlines()[-1] == "[]"
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        done = in_a_process("--help")
+        seconds.append(time.perf_counter() - start)
+        assert done.returncode == 0 and all(word in done.stdout for word in WORDS)
+    assert min(seconds) < 1
+
+
+@pytest.mark.parametrize("words", [[w] for w in WORDS] + [[w, v] for w, more in WORDS.items() for v in more], ids=" ".join)
+def test_each_word_has_help(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert status(*words, "--help") == 0
+    assert f"usage: reconkit {' '.join(words)}" in capsys.readouterr().out
+
+
+def test_prune_has_the_defaults_of_its_configuration() -> None:
+    a = cli.parser().parse_args(["prune", "--model", "tiny", "--plan"])
+    made = config.PruneConfig(**{flag: getattr(a, flag) for flag in cli.PRUNE_FLAGS}, layers=a.layers[0], recompute=a.recompute, seed=a.seed)
+    assert made == config.PruneConfig()
+    assert (a.corpus, a.count, a.length, a.held_out, a.seed) == ("wiki", 64, 256, [], 0)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ([], "required"),
+        (["prun"], "invalid choice"),
+        (["prune", "--model", "tiny"], "--out --plan"),
+        (["prune", "--model", "tiny", "--plan", "--out", "x"], "not allowed"),
+        (["prune", *TINY, "--plan", "--sparsity", "much"], "invalid float"),
+        (["prune", *TINY, "--plan", "--sparsity", "1.5"], "sparsity is 1.5"),
+        (["prune", *TINY, "--plan", "--criterion", "guess"], "magnitude, wanda, sparsegpt"),
+        (["prune", *TINY, "--plan", "--technique", "BR+XX"], "BR+GP+CR"),
+        (["prune", *TINY, "--plan", "--pattern", "4:2"], "2:4 or 4:8"),
+        (["prune", *TINY, "--plan", "--count", "0"], "count is 0"),
+        (["prune", *TINY, "--plan", "--device", "tpu"], "auto, cuda, mps or cpu"),
+        (["prune", *TINY, "--plan", "--layers", "head"], "matches none of"),
+        (["prune", *TINY, "--plan", "--model", "no-such-model"], "smollm2-135m"),
+        (["prune", *TINY, "--plan", "--corpus", "no-such-text"], "wiki"),
+        (["prune", *TINY, "--plan", "--held-out", "no-such-text"], "wiki"),
+        (["prune", *TINY, "--plan", "--extra", "missing.jsonl"], "missing.jsonl"),
+        (["evaluate", "no-such-model"], "smollm2-135m"),
+        (["evaluate", "tiny", "--perplexity", "no-such-text"], "wiki"),
+        (["evaluate", "tiny", "--perplexity", "pydocs", "--length", "1"], "length is 1"),
+        (["runs", "show", "no-such-run"], "no-such-run"),
+        (["runs", "compare", "no-such-run", "other"], "no-such-run"),
+        (["watch", "no-such-run"], "no-such-run"),
+        (["data", "--clear", "everything"], "invalid choice"),
+        (["suite", "run", "missing.toml"], "missing.toml"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_a_wrong_word_is_one_sentence_and_status_2(words: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert status(*words) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("reconkit: ") and said.count("\n") == 1
+    assert says in said
+
+
+def test_a_wrong_word_in_a_process_of_its_own() -> None:
+    done = in_a_process("prune", "--model", "no-such-model", "--out", "x")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("reconkit: ")
+
+
+def test_out_must_be_new_or_empty(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    for out in (tmp_path, tmp_path / "notes.txt", tmp_path / "notes.txt" / "model"):
+        assert status("prune", *TINY, "--out", str(out)) == 2
+        assert "--out" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize(
+    ("error", "expected", "says"),
+    [
+        (config.ConfigError("No model is called 'x'."), 2, "reconkit: No model is called 'x'.\n"),
+        (RuntimeError("Out of memory\nin block 3."), 1, "reconkit: Out of memory in block 3.\n"),
+        (OSError(28, "No space left on device", "model.safetensors"), 1, "reconkit: model.safetensors: No space left on device\n"),
+        (KeyError("block"), 1, "reconkit: KeyError: 'block' (RECONKIT_DEBUG=1 shows where)\n"),
+        (KeyboardInterrupt(), 130, "reconkit: interrupted.\n"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else None,
+)
+def test_failing_work_ends_in_a_sentence(
+    error: BaseException, expected: int, says: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "watch", fails)
+    assert status("watch") == expected
+    assert capsys.readouterr().err == says
+
+
+def test_debugging_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "watch", lambda _: {}["missing"])
+    monkeypatch.setenv("RECONKIT_DEBUG", "1")
+    with pytest.raises(KeyError):
+        cli.main(["watch"])
+
+
+def test_a_closed_pipe_is_no_failure() -> None:
+    shell = f"{sys.executable} -m reconkit runs list | true; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", shell], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "0" and not done.stderr
+
+
+def test_an_empty_history_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = tmp_path / "page.html"
+    for words in (["runs", "list"], ["runs", "best", "--metric", "perplexity/wiki"], ["report", "--out", str(page)], ["watch"]):
+        assert status(*words) == 0
+        assert "No run is recorded yet" in capsys.readouterr().out
+    assert not page.exists()
+
+
+def test_plan_prints_and_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert status("prune", *TINY, "--plan", "--technique", "BR+GP+CR", "--sparsity", "0.25", "--epochs", "3", "--held-out", "pydocs") == 0
+    said = capsys.readouterr().out
+    hidden, inner, keys = 64, 160, 32
+    weights = 4 * (2 * hidden * hidden + 2 * hidden * keys + 3 * hidden * inner)
+    assert f"{0.25 * weights / 1e6:.1f}M of {weights / 1e6:.1f}M weights in 28 matrices" in said
+    assert "5 windows of up to 2 blocks, 3 optimiser steps each" in said and "4 samples of 32 tokens of pydocs" in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_prune_saves_a_model_that_transformers_loads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from transformers import AutoModelForCausalLM
+
+    out = tmp_path / "pruned"
+    assert status("prune", *TINY, "--out", str(out), "--technique", "LR", "--criterion", "wanda", "--held-out", "pydocs") == 0
+    said = capsys.readouterr().out
+    assert "calibration" in said and "pydocs" in said and "verdict" in said and str(out) in said
+    weight = AutoModelForCausalLM.from_pretrained(out).model.layers[3].mlp.up_proj.weight
+    assert (weight == 0).float().mean() == 0.5
+    assert status("prune", *TINY, "--out", str(out)) == 2, "a second model never replaces the first"
+
+
+def test_evaluate_writes_one_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "new" / "record.json"
+    assert status("evaluate", "tiny", "--perplexity", "pydocs", "--count", "4", "--length", "32", "--out", str(out)) == 0
+    assert "pydocs" in capsys.readouterr().out
+    record = json.loads(out.read_text())
+    [row] = record["perplexity"]
+    assert row["corpus"] == "pydocs" and row["low"] <= row["value"] <= row["high"] and record["model"] == "tiny"
+    assert {"fingerprint", "size", "cost"} <= set(record)
+
+
+@pytest.fixture
+def two_runs() -> list[str]:
+    """Two small runs in the history, the dense model and a pruned one."""
+    from reconkit import runs
+
+    small = {"corpus": "pydocs", "count": 4, "length": 32, "held_out": ("pydocs",), "test": ("pydocs",), "test_count": 4}
+    dense = runs.run(config.RunConfig("tiny", prune=None, **small))
+    pruned = runs.run(config.RunConfig("tiny", prune=config.PruneConfig(technique="LR", criterion="magnitude"), **small))
+    return [dense.id, pruned.id]
+
+
+def test_runs_words(two_runs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    dense, pruned = two_runs
+    assert status("runs", "list") == 0
+    assert all(run in capsys.readouterr().out for run in two_runs)
+    assert status("runs", "tag", dense, "original") == 0
+    capsys.readouterr()
+    assert status("runs", "show", "original") == 0
+    said = capsys.readouterr().out
+    assert dense in said and "perplexity/pydocs" in said and "original" in said
+    assert status("runs", "compare", "original", pruned) == 0
+    header, *rows = capsys.readouterr().out.splitlines()
+    assert dense in header and pruned in header and any("perplexity/pydocs" in row for row in rows)
+    assert status("runs", "best", "--metric", "perplexity/pydocs", "--limit", "1") == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2
+    assert status("runs", "best", "--metric", "beauty") == 2
+    assert "perplexity/pydocs" in capsys.readouterr().err
+    assert status("runs", "export", "--out", str(tmp_path / "runs.csv")) == 0
+    assert set(pd.read_csv(tmp_path / "runs.csv")["id"]) == set(two_runs)
+    assert status("report", "--out", str(tmp_path / "page.html")) == 0
+    assert all(run in (tmp_path / "page.html").read_text() for run in two_runs)
+
+
+def test_data_shows_and_clears(cache: Path, two_runs: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert status("data") == 0
+    said = capsys.readouterr().out
+    assert str(cache) in said and "runs" in said and "limit" in said
+    assert status("data", "--clear", "runs") == 0
+    capsys.readouterr()
+    assert status("runs", "list") == 0
+    assert "No run is recorded yet" in capsys.readouterr().out
+    assert os.path.isdir(cache)

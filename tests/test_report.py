@@ -1,0 +1,172 @@
+"""The dashboard page and the monitor, from a history made here."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+from types import SimpleNamespace
+
+import pandas as pd
+import pytest
+
+from reconkit import progress, report
+from reconkit.config import ConfigError, PruneConfig, RunConfig
+
+
+@pytest.fixture
+def history(monkeypatch: pytest.MonkeyPatch) -> pd.DataFrame:
+    rows = {
+        "id": ["aaa", "bbb", "ccc"],
+        "created": ["2026-01-01T10:00:00", "2026-01-03T10:00:00", "2026-01-02T10:00:00"],
+        "tag": ["<script>alert(1)</script>", None, "dense & whole"],
+        "model": ["tiny"] * 3,
+        "technique": ["LR", "BR+GP", None],
+        "verdict": ["fine", "watch", None],
+        "perplexity/wiki": [42.125, 37.25, 26.5],
+        "perplexity/wiki/low": [40.0, 36.0, 25.0],
+        "accuracy/boolq": [0.5, 0.75, 0.6],
+        "nmse/calibration": [0.104, 0.07, float("nan")],
+        "memory/gpu": [float("nan")] * 3,
+    }
+    table = pd.DataFrame(rows)
+    monkeypatch.setattr(report.runs, "history", lambda: table)
+    return table
+
+
+class Page(HTMLParser):
+    """Tags, and the text of table cells."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.links: list[str] = []
+        self.cells: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.links += [value or "" for name, value in attrs if name in ("src", "href")]
+        if tag in ("td", "th"):
+            self.cells.append("")
+
+    def handle_data(self, data: str) -> None:
+        if self.tags and self.tags[-1] in ("td", "th") and data.strip():
+            self.cells[-1] += data
+
+
+def test_page_is_whole_escaped_and_needs_no_network(history: pd.DataFrame, tmp_path: Path) -> None:
+    out = report.report(tmp_path / "new" / "page.html")
+    assert out == tmp_path / "new" / "page.html" and [p.name for p in out.parent.iterdir()] == ["page.html"]
+    page = Page(out.read_text())
+    assert "script" not in page.tags and "<script>alert(1)</script>" in page.cells and "dense & whole" in page.cells
+    assert not [link for link in page.links if not link.startswith(("#", "data:"))]
+    assert "42.12" in page.cells and "0.104" in page.cells and "nan" not in page.cells and "None" not in page.cells
+
+
+def test_no_history_writes_no_page(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(report.runs, "history", lambda: pd.DataFrame())
+    assert report.report(tmp_path / "page.html") is None
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_table_is_newest_first_without_interval_ends_and_empty_columns(history: pd.DataFrame) -> None:
+    table = report.arrange(history)
+    assert list(table["id"]) == ["bbb", "ccc", "aaa"]
+    assert list(table.columns) == [
+        "id", "created", "tag", "model", "technique", "verdict", "perplexity/wiki", "accuracy/boolq", "nmse/calibration",
+    ]  # fmt: skip
+
+
+def test_best_ranks_by_what_is_better(history: pd.DataFrame) -> None:
+    assert list(report.best(history, "perplexity/wiki", 2)["id"]) == ["ccc", "bbb"]
+    assert list(report.best(history, "accuracy/boolq", 9)["id"]) == ["bbb", "ccc", "aaa"]
+    assert list(report.best(history, "nmse/calibration", 9)["id"]) == ["bbb", "aaa"], "runs without it are not ranked"
+    with pytest.raises(ConfigError, match="nmse/calibration"):
+        report.best(history, "beauty", 2)
+    with pytest.raises(ConfigError, match="--limit"):
+        report.best(history, "perplexity/wiki", 0)
+
+
+def test_compare_sets_two_runs_side_by_side() -> None:
+    first = SimpleNamespace(id="aaa", metrics={"perplexity/wiki": 40.0, "perplexity/wiki/low": 39.0, "nmse/wiki": 0.2})
+    second = SimpleNamespace(id="bbb", metrics={"perplexity/wiki": 30.0, "accuracy/boolq": 0.5})
+    table = report.compare(first, second).set_index("metric")
+    assert list(table.index) == ["perplexity/wiki", "nmse/wiki", "accuracy/boolq"]
+    assert table.loc["perplexity/wiki"].to_dict() == {"aaa": 40.0, "bbb": 30.0, "change": -10.0, "relative": "-25.0%"}
+    assert pd.isna(table.loc["nmse/wiki", "change"]) and pd.isna(table.loc["nmse/wiki", "relative"])
+    assert report.compare(first, first)["change"].eq(0).all(), "a run against itself"
+
+
+def test_a_run_and_a_result_are_described_in_full() -> None:
+    run = SimpleNamespace(
+        id="aaa", folder="cache/runs/aaa", config=RunConfig("tiny", prune=PruneConfig(criterion="wanda")), metrics={"sparsity": 0.5}, notes=["Kept dense."]
+    )
+    said = report.describe(run)
+    for text in ("aaa", "tiny", "prune.criterion", "wanda", "sparsity", "Kept dense."):
+        assert text in said
+    errors = pd.DataFrame(
+        {"block": [0, 0, 1, 1], "source": ["calibration", "wiki"] * 2, "mse": [1.0, 2.0, 3.0, 4.0], "nmse": [0.01, 0.02, 0.03, 0.04]}
+    )
+    training = pd.DataFrame(columns=["window", "epoch", "source", "loss"])
+    result = SimpleNamespace(errors=errors, training=training, sparsity=0.5, seconds=3725.0, peak_memory={"gpu": 0, "rss": 2_500_000_000}, notes=["A note."])
+    said = report.summary(result)
+    for text in ("0.03", "0.04", "1:02:05", "2.5 GB rss", "verdict", "A note."):
+        assert text in said
+    assert "0.01" not in said and "gpu" not in said
+
+
+def test_an_evaluation_record_is_shown_without_its_per_sequence_values() -> None:
+    row = {"corpus": "wiki", "split": "test", "length": 256, "tokens": 8160, "value": 26.5, "low": 25.0, "high": 28.0, "nll": [3.25, 3.5]}
+    said = report.evaluation({"model": "tiny", "perplexity": [row], "zero_shot": [], "speed": None, "size": {"parameters": 134515008}, "cost": {}})
+    assert "wiki" in said and "26.5" in said and "parameters" in said and "134515008" in said and "3.25" not in said
+
+
+def write_state(pid: int, **facts: object) -> Path:
+    file = progress.folder() / f"{pid}.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    state = {"pid": pid, "title": "BR+GP wanda", "done": 3, "total": 12, "started": time.time() - 65, "updated": time.time(), "seconds_left": 190.0}
+    file.write_text(json.dumps(state | facts))
+    return file
+
+
+def test_running_walks_are_listed_and_dead_ones_are_not() -> None:
+    with subprocess.Popen([sys.executable, "-c", ""]) as ended:
+        ended.wait()
+    write_state(ended.pid)
+    write_state(os.getpid(), block=7, loss=0.01234567)
+    (progress.folder() / "cut.json").write_text('{"pid": ')
+    [state] = report.running()
+    assert state["pid"] == os.getpid()
+    said = report.line(state)
+    for text in ("BR+GP wanda", "25%", "block 7", "loss 0.01235", "1:05 so far", "about 3:10 left"):
+        assert text in said
+
+
+def test_watch_follows_a_walk_to_its_end(capsys: pytest.CaptureFixture[str]) -> None:
+    file = write_state(os.getpid(), block=1)
+    steps = [threading.Timer(0.3, write_state, [os.getpid()], {"done": 9, "block": 5}), threading.Timer(0.6, file.unlink)]
+    for step in steps:
+        step.start()
+    report.watch(interval=0.05)
+    said = capsys.readouterr().out
+    assert "25%" in said and "75%" in said and "block 5" in said and said.strip().endswith("nothing is running any more.")
+
+
+def test_watch_sees_what_a_real_walk_writes(capsys: pytest.CaptureFixture[str]) -> None:
+    with progress.Progress("LR magnitude", 4, show=False) as bar:
+        bar.step(block=0)
+        [state] = report.running()
+    assert state["title"] == "LR magnitude" and "block 0" in report.line(state)
+    assert not report.running()
+
+
+def test_watch_without_a_walk_shows_the_last_runs(history: pd.DataFrame, capsys: pytest.CaptureFixture[str]) -> None:
+    report.watch()
+    said = capsys.readouterr().out
+    assert said.startswith("Nothing is running.") and said.index("bbb") < said.index("aaa")
