@@ -11,16 +11,19 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
 
 from . import assets
 from .config import ConfigError
 
 if TYPE_CHECKING:
-    import torch
-    from torch import Tensor, nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 OFFLINE, TINY = "smollm2-135m", "tiny"
@@ -62,8 +65,6 @@ def identity(name: str) -> str:
 
 def resolve_device(device: str = "auto") -> str:
     """auto: cuda, then mps, then cpu."""
-    import torch
-
     if device != "auto":
         available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
         if not available.get(device.split(":")[0], False):
@@ -73,30 +74,43 @@ def resolve_device(device: str = "auto") -> str:
 
 
 def load_model(
-    name: str, *, dtype: torch.dtype | None = None, device: str = "auto"
+    name: str, *, dtype: torch.dtype = torch.float32, device: str = "auto"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model in eval mode, and its tokenizer.
 
     Args:
         name: "smollm2-135m" (offline), "tiny" (random weights, needs nothing), a folder, a .gguf file or a hub id.
-        dtype: how the weights are held; None is torch.float32, whatever the checkpoint says.
+        dtype: how the weights are held, whatever the checkpoint says.
         device: "auto" (cuda, mps, cpu) or one of them.
 
     Raises:
         ConfigError: no source knows the name, or the hub that would know it cannot be asked.
         RuntimeError: the file holds weights that are not plain float matrices.
     """
-    import torch
-
     check_model(name)
-    device, dtype = resolve_device(device), dtype or torch.float32
+    device = resolve_device(device)
     if name == TINY:
         model, tokenizer = _tiny()
         model = model.to(dtype)
     else:
-        folder = _offline_folder() if name == OFFLINE else name
-        model, tokenizer = _from_gguf(Path(folder), dtype) if folder.endswith(".gguf") else _from_pretrained(folder, dtype)
+        with _no_bars():
+            folder = _offline_folder() if name == OFFLINE else name
+            model, tokenizer = _from_gguf(Path(folder), dtype) if folder.endswith(".gguf") else _from_pretrained(folder, dtype)
     return model.to(device).eval(), tokenizer
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """transformers without its progress bars; a saved notebook would keep every step of them."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _from_pretrained(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -135,7 +149,6 @@ def _from_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrai
 
 def _offline_folder() -> str:
     """The offline model as a plain folder; restored from its 4 bits once, which takes about 20 seconds."""
-    import torch
     from filelock import FileLock
 
     folder = assets.cache_dir() / "models" / f"{OFFLINE}-float32"
@@ -149,7 +162,6 @@ def _offline_folder() -> str:
 
 def _tiny() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Four LLaMA blocks of hidden size 64 with random weights, and a tokenizer of bytes."""
-    import torch
     from tokenizers import Tokenizer, decoders, pre_tokenizers
     from tokenizers.models import BPE
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -191,7 +203,8 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
     folder.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        model.save_pretrained(staging / "new")
+        with _no_bars():
+            model.save_pretrained(staging / "new")
         tokenizer.save_pretrained(staging / "new")
         if folder.exists():
             os.replace(folder, staging / "old")
@@ -207,8 +220,6 @@ def blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     Raises:
         ConfigError: the model has no such list.
     """
-    from torch import nn
-
     whole = set(getattr(model, "_no_split_modules", None) or [])
     lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
     found = [(n, m) for n, m in lists if {type(b).__name__ for b in m} <= whole]
@@ -232,10 +243,13 @@ class WeightView:
     transposed: bool = False
     "Stored as (in, out)."
 
+    def stored(self) -> Tensor:
+        """The matrix as it lies in the parameter."""
+        return self.parameter.detach() if self.index is None else self.parameter.detach()[self.index]
+
     def get(self) -> Tensor:
         """The matrix (out, in), sharing memory with the parameter."""
-        weight = self.parameter.detach() if self.index is None else self.parameter.detach()[self.index]
-        return weight.t() if self.transposed else weight
+        return self.stored().t() if self.transposed else self.stored()
 
     @property
     def attention(self) -> bool:
@@ -251,7 +265,6 @@ def weight_views(block: nn.Module) -> tuple[list[WeightView], list[str]]:
     Views are the weights of Linear and of transformers' Conv1D, and each expert's slice of a three-dimensional
     parameter. Routers, convolutions and other parameters of two or more dimensions are left dense and named.
     """
-    from torch import nn
     from transformers.pytorch_utils import Conv1D
 
     views: list[WeightView] = []

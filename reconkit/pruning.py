@@ -12,9 +12,10 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -130,12 +131,12 @@ def _walk(
     found = find(runner, sources["calibration"][: config.batch_size], config)
     plan = windows(len(layers), config.window_blocks, config.overlap_blocks)
     saved = Checkpoint.open(folder, model, sources, config) if folder is not None else None
-    resumed = saved.load(layers) if saved else None
-    if resumed:
-        done, walk = resumed[0], Walk(**resumed[1])
+    last = saved.last() if saved else None
+    dense_copies: dict[int, nn.Module] = {}
+    if saved and last:
+        done, walk = last[0], _resume(runner, saved, last[1], sources, config, dense_copies)
     else:
         done, walk = 0, _begin(runner, sources, config, found.notes)
-    dense_copies: dict[int, nn.Module] = {}
     precision = resolve_precision(config.precision, str(runner.device)) if config.trains else "fp32"
     epochs = _epochs(config, sources) if config.trains else 0
     with Progress(f"{config.technique} {config.criterion}", len(plan) * (epochs + 1), show=progress) as bar:
@@ -155,8 +156,6 @@ def _walk(
                     f"Out of GPU memory in blocks {_label(window)}; set micro_batch={max(1, (config.micro_batch or config.batch_size) // 2)} or recompute=True."
                 ) from error
         _advance(runner, walk, len(layers), config, found)
-        if saved:
-            saved.save(len(plan), layers, range(len(layers), len(layers)), vars(walk))
     return walk, found
 
 
@@ -167,6 +166,39 @@ def _begin(runner: Runner, sources: dict[str, Tensor], config: PruneConfig, note
         embedded[source] = states.to(storage_device(states.device, 4 * states.nbytes * len(sources)))
         _finite(embedded[source], f"the embeddings of {source}")
     return Walk(position=0, sparse=embedded, dense={0: embedded}, notes=list(notes))
+
+
+def _resume(
+    runner: Runner, saved: Checkpoint, record: dict[str, Any], sources: dict[str, Tensor], config: PruneConfig, dense_copies: dict[int, nn.Module]
+) -> Walk:
+    """The walk as it was after its last whole window; the model comes in dense and leaves with the finished blocks."""
+    position, pruned = record["walk"]["position"], record["walk"]["pruned"]
+    if _copies_needed(config):
+        dense_copies |= {i: copy.deepcopy(runner.blocks[i]) for i in range(position, pruned)}
+    streams = saved.streams(record)
+    if streams is None:  # lost or damaged: what flows to the window's start can be had again
+        embedded = _begin(runner, sources, config, []).sparse
+        dense = [embedded]
+        for i in range(pruned):
+            dense.append({s: runner.advance([i], x, config.batch_size) for s, x in dense[i].items()})
+        masks = saved.blocks(record, runner.blocks)
+        sparse = {s: _one_by_one(runner, range(position), x, config) for s, x in embedded.items()}
+        streams = {"sparse": sparse, "dense": {i: dense[i] for i in range(position, pruned + 1)}}
+    else:
+        masks = saved.blocks(record, runner.blocks)
+    return Walk(**{**record["walk"], **streams, "masks": masks})
+
+
+def _one_by_one(runner: Runner, indices: Iterable[int], states: Tensor, config: PruneConfig) -> Tensor:
+    """Stored states through several blocks, stored again after each as the walk does, so that the bits are the same."""
+    for i in indices:
+        states = runner.advance([i], states, config.batch_size)
+    return states
+
+
+def _copies_needed(config: PruneConfig) -> bool:
+    """Whether a block's dense self is needed after it was pruned: a target on the sparse stream, in a later window."""
+    return config.trains and config.target_stream == "sparse" and config.overlap_blocks > 0
 
 
 def _advance(runner: Runner, walk: Walk, position: int, config: PruneConfig, found: Found) -> None:
@@ -195,6 +227,8 @@ def _window(
     bar: Progress,
 ) -> None:
     """Target, masks of the new blocks, training; the streams stand before `window`."""
+    for i in [i for i in dense_copies if i < window.start]:
+        del dense_copies[i]
     new = [i for i in window if i >= walk.pruned]
     for i in new:  # still dense: the dense stream passes through them now
         walk.dense[i + 1] = {s: runner.advance([i], x, config.batch_size) for s, x in walk.dense[i].items()}
@@ -202,7 +236,7 @@ def _window(
     if config.trains and config.target_stream == "sparse":
         targets = {s: runner.advance(window, x, config.batch_size, dense_copies) for s, x in walk.sparse.items()}
     for i in new:
-        if config.trains and config.target_stream == "sparse" and config.overlap_blocks:
+        if _copies_needed(config):
             dense_copies[i] = copy.deepcopy(runner.blocks[i])
         _prune_block(runner, walk, window, i, config, found)
         walk.pruned = i + 1
@@ -233,8 +267,6 @@ def _window(
     walk.training += [(_label(window), *row) for row in trained.losses]
     if trained.skipped:
         walk.notes.append(f"Blocks {_label(window)}: fp16 skipped {trained.skipped} steps whose gradients overflowed.")
-    for i in [i for i in dense_copies if i <= window.start]:
-        del dense_copies[i]
 
 
 @torch.no_grad()
@@ -324,8 +356,8 @@ def find(runner: Runner, ids: Tensor, config: PruneConfig) -> Found:
     inputs: list[list[tuple[Tensor, list[WeightView]]]] = [[] for _ in per_block]
     straight: dict[int, bool] = {}
 
-    def seen(view: WeightView, x: Tensor, linear: bool) -> None:
-        straight[id(view.parameter)] = linear
+    def seen(view: WeightView, x: Tensor, as_stored: bool) -> None:
+        straight[id(view.parameter)] = as_stored
         rows = inputs[owner[id(view)]]
         group = next((g for known, g in rows if known is x), None)
         if group is None:

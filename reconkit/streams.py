@@ -106,7 +106,9 @@ class Runner:
 
 
 class InputTap(TorchFunctionMode):
-    """Shows every matrix product with a watched weight: `seen(view, input)` before it is computed.
+    """Shows every matrix product with a watched weight: `seen(view, input, straight)` before it is computed.
+
+    `straight` says that the weight is stored as (out, in).
 
     A product is recognised by the memory of its weight, so Linear, Conv1D and slices of expert parameters need no code
     of their own, and layers that read one tensor are seen to read the same object.
@@ -123,7 +125,8 @@ class InputTap(TorchFunctionMode):
         if place is not None and len(args) > place and isinstance(args[place], Tensor):
             view = self.views.get(args[place].data_ptr())
             if view is not None and args[place].ndim == 2:
-                self.seen(view, args[place - 1], func is torch.nn.functional.linear)
+                used = args[place] if func is torch.nn.functional.linear else args[place].t()  # (out, in)
+                self.seen(view, args[place - 1], used.stride() == view.stored().stride())
         return func(*args, **(kwargs or {}))
 
 

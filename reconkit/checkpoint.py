@@ -1,0 +1,148 @@
+"""The state of a walk on disk, so that a killed one continues and ends with the same bits.
+
+In the folder: `key.json` (what was being done), one `window-N.json` for each finished window, written last and naming its
+other files with their sums, one file a block, and one file with the streams of the last window. Streams that are lost or
+damaged can be recomputed from the blocks; a damaged block takes the walk back to the last window that is whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .config import ConfigError, PruneConfig, to_dict
+
+ROOMS = ("checkpoint", "criteria", "models", "pruning", "reconstruct", "streams")
+SUPERSEDED = 2  # windows after which an earlier version of a block is deleted: one step back stays possible
+
+
+def code_hash(rooms: Sequence[str]) -> str:
+    """One sum over the sources of `rooms` and the versions of torch and transformers."""
+    import transformers
+
+    sources = [Path(__file__).with_name(f"{room}.py").read_bytes() for room in rooms]
+    return hashlib.sha256(b"".join([*sources, torch.__version__.encode(), transformers.__version__.encode()])).hexdigest()[:16]
+
+
+class Checkpoint:
+    """A folder that holds one walk."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @classmethod
+    def open(cls, folder: str | Path, model: nn.Module, sources: Mapping[str, Tensor], config: PruneConfig) -> Checkpoint:
+        """Begin in an empty folder, or go on in one that holds the same walk.
+
+        Raises:
+            ConfigError: the folder holds another walk (the message names what differs) or something else.
+        """
+        path = Path(folder)
+        key = {
+            "model": _sum(model.state_dict()),
+            "samples": _sum(sources),
+            "configuration": json.loads(json.dumps(to_dict(config))),
+            "code": code_hash(ROOMS),
+        }
+        if path.is_dir() and any(path.iterdir()):
+            try:
+                known = json.loads((path / "key.json").read_text())
+            except (OSError, ValueError):
+                raise ConfigError(f"checkpoint is {str(folder)!r}, which holds no checkpoint and is not empty; name another folder.") from None
+            differs = [part for part in key if known.get(part) != key[part]]
+            if differs:
+                raise ConfigError(
+                    f"checkpoint is {str(folder)!r}, begun with another {' and another '.join(differs)}; name an empty folder, or load and ask for the same again."
+                )
+        path.mkdir(parents=True, exist_ok=True)
+        _write(path / "key.json", json.dumps(key, indent=1).encode())
+        return cls(path)
+
+    def save(self, done: int, layers: nn.ModuleList, window: Sequence[int], walk: Mapping[str, Any]) -> None:
+        """Keep the state after `done` windows: the blocks of the window just trained, the streams, the tables."""
+        facts = {name: value for name, value in walk.items() if name not in ("sparse", "dense", "masks")}
+        last = self._record(done - 1) or {"blocks": {}}
+        blocks = dict(last["blocks"])
+        for i in window:
+            masks = {name: mask for name, mask in walk["masks"].items() if name.startswith(f"{i}.")}
+            blocks[str(i)] = self._put(f"block-{i}-{done}.pt", {"weights": layers[i].state_dict(), "masks": masks})
+        streams = self._put(f"streams-{done}.pt", {"sparse": walk["sparse"], "dense": walk["dense"]})
+        record = json.dumps({"walk": facts, "blocks": blocks, "streams": streams})
+        _write(self.folder / f"window-{done}.json", json.dumps({"sum": _text_sum(record), "record": record}).encode())
+        (self.folder / f"streams-{done - 1}.pt").unlink(missing_ok=True)
+        needed = {name for n in range(done - SUPERSEDED + 1, done + 1) for name, _ in (self._record(n) or last)["blocks"].values()}
+        for file in self.folder.glob("block-*.pt"):
+            if file.name not in needed:
+                file.unlink()
+
+    def last(self) -> tuple[int, dict[str, Any]] | None:
+        """(windows done, record) of the last window whose blocks are all whole, or None."""
+        numbers = sorted((int(f.stem.split("-")[1]) for f in self.folder.glob("window-*.json")), reverse=True)
+        for done in numbers:
+            record = self._record(done)
+            if record and all(self._whole(*file) for file in record["blocks"].values()):
+                return done, record
+            (self.folder / f"window-{done}.json").unlink()
+        return None
+
+    def blocks(self, record: Mapping[str, Any], layers: nn.ModuleList) -> dict[str, Tensor]:
+        """Put the saved blocks into `layers`; returns the masks that later windows need."""
+        masks: dict[str, Tensor] = {}
+        for i, (name, _) in record["blocks"].items():
+            kept = torch.load(self.folder / name, weights_only=True, map_location=next(layers[int(i)].parameters()).device)
+            layers[int(i)].load_state_dict(kept["weights"])
+            if int(i) >= record["walk"]["position"]:
+                masks |= kept["masks"]
+        return masks
+
+    def streams(self, record: Mapping[str, Any]) -> dict[str, Any] | None:
+        """{"sparse": …, "dense": …} of the record, or None where the file is gone or damaged."""
+        return torch.load(self.folder / record["streams"][0], weights_only=True) if self._whole(*record["streams"]) else None
+
+    def _record(self, done: int) -> dict[str, Any] | None:
+        try:
+            kept = json.loads((self.folder / f"window-{done}.json").read_text())
+            return json.loads(kept["record"]) if kept["sum"] == _text_sum(kept["record"]) else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def _put(self, name: str, value: Any) -> tuple[str, str]:
+        partial = self.folder / f".{name}"
+        torch.save(value, partial)
+        found = _file_sum(partial)
+        os.replace(partial, self.folder / name)
+        return name, found
+
+    def _whole(self, name: str, expected: str) -> bool:
+        file = self.folder / name
+        return file.is_file() and _file_sum(file) == expected
+
+
+def _write(file: Path, content: bytes) -> None:
+    partial = file.with_name(f".{file.name}")
+    partial.write_bytes(content)
+    os.replace(partial, file)
+
+
+def _text_sum(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _file_sum(file: Path) -> str:
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def _sum(tensors: Mapping[str, Tensor]) -> str:
+    found = hashlib.sha256()
+    for name, tensor in tensors.items():
+        found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()

@@ -1,0 +1,88 @@
+"""The slow, obvious twin of every fast routine."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def lowest(scores: list[float], count: int) -> list[bool]:
+    """True at the `count` lowest; ties go to the lower index."""
+    order = sorted(range(len(scores)), key=lambda i: (scores[i], i))
+    return [i in order[:count] for i in range(len(scores))]
+
+
+def group_mask(scores: Tensor, count: int) -> Tensor:
+    """Kept entries of one group of any shape, flat index row by row."""
+    return ~torch.tensor(lowest(scores.flatten().tolist(), count)).view(scores.shape)
+
+
+def magnitude_mask(weight: Tensor, sparsity: float, nm: tuple[int, int] | None = None) -> Tensor:
+    if nm:
+        return nm_mask(weight.abs(), nm)
+    return group_mask(weight.abs(), round(sparsity * weight.numel()))
+
+
+def wanda_mask(weight: Tensor, inputs: Tensor, sparsity: float, nm: tuple[int, int] | None = None) -> Tensor:
+    norms = torch.tensor([math.sqrt(sum(v * v for v in column)) for column in inputs.double().t().tolist()])
+    scores = weight.abs() * norms.to(weight)
+    if nm:
+        return nm_mask(scores, nm)
+    return torch.stack([group_mask(row, round(sparsity * len(row))) for row in scores])
+
+
+def nm_mask(scores: Tensor, nm: tuple[int, int]) -> Tensor:
+    kept, group = nm
+    rows = [torch.cat([group_mask(part, group - kept) for part in row.split(group)]) for row in scores]
+    return torch.stack(rows)
+
+
+def sparsegpt(
+    weight: Tensor, inputs: Tensor, sparsity: float, nm: tuple[int, int] | None = None, *, damping: float = 0.01, column_block: int = 128
+) -> tuple[Tensor, Tensor]:
+    """Optimal brain surgeon, column by column: the inverse Hessian of the columns that are left is computed anew for each.
+
+    With F the columns from j on and G = (H_FF)⁻¹, removing w_j costs w_j² / G_00 and moves the others by −w_j / G_00 · G_0.
+    Scores of a whole column block are ranked when its first column is reached (N:M: of a group of M).
+    """
+    w = weight.double().clone()
+    h = inputs.double().t() @ inputs.double()
+    h += damping * h.diagonal().mean() * torch.eye(len(h), dtype=torch.float64)
+    columns = len(h)
+    corner = torch.tensor([torch.linalg.inv(h[j:, j:])[0, 0].item() for j in range(columns)], dtype=torch.float64)
+    mask = torch.ones_like(w, dtype=torch.bool)
+    for j in range(columns):
+        if nm and j % nm[1] == 0:
+            part = slice(j, j + nm[1])
+            mask[:, part] = nm_mask(w[:, part] ** 2 / corner[part], nm)
+        elif not nm and j % column_block == 0:
+            part = slice(j, min(j + column_block, columns))
+            scores = w[:, part] ** 2 / corner[part]
+            mask[:, part] = group_mask(scores, round(sparsity * scores.numel()))
+        inverse = torch.linalg.inv(h[j:, j:])
+        for row in range(len(w)):
+            if not mask[row, j]:
+                w[row, j:] -= w[row, j] / inverse[0, 0] * inverse[0]
+                w[row, j] = 0
+    return w * mask, mask
+
+
+def error(dense: Tensor, sparse: Tensor) -> tuple[float, float]:
+    """(MSE, NMSE), scalar by scalar."""
+    pairs = list(zip(dense.double().flatten().tolist(), sparse.double().flatten().tolist(), strict=True))
+    mse = sum((d - s) ** 2 for d, s in pairs) / len(pairs)
+    return mse, mse / (sum(d * d for d, _ in pairs) / len(pairs))
+
+
+def perplexity(model: torch.nn.Module, samples: Tensor) -> float:
+    """One sequence, one token at a time: exp of the mean of −log p(next token)."""
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for ids in samples:
+            log_p = model(input_ids=ids[None]).logits[0].double().log_softmax(-1)
+            for position in range(len(ids) - 1):
+                total -= log_p[position, ids[position + 1]].item()
+                count += 1
+    return math.exp(total / count)

@@ -1,0 +1,84 @@
+"""Blocks called one by one give what the model gives."""
+
+from __future__ import annotations
+
+import families
+import pytest
+import reference
+import torch
+
+from reconkit import models, pruning, streams
+
+
+def final_states(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    """What the last block hands on, caught inside the model's own forward."""
+    caught: list[torch.Tensor] = []
+    handle = models.blocks(model)[1][-1].register_forward_hook(lambda _, __, out: caught.append(out if isinstance(out, torch.Tensor) else out[0]))
+    with torch.no_grad():
+        model(input_ids=ids, use_cache=False)
+    handle.remove()
+    return caught[0]
+
+
+@pytest.mark.parametrize("name", families.ALL)
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_replayed_blocks_give_the_models_own_final_states(name: str, batch_size: int) -> None:
+    model, ids = families.build(name), families.tokens(5, 16)  # longer than the sliding windows; the last batch is smaller
+    _, layers = models.blocks(model)
+    runner = streams.Runner(model, layers)
+    states = runner.embed(ids, batch_size)
+    for i in range(len(layers)):
+        states = runner.advance([i], states, batch_size)
+    assert torch.allclose(states, final_states(model, ids), atol=1e-5)
+    together = runner.advance(range(len(layers)), runner.embed(ids, batch_size), batch_size)
+    assert torch.equal(together, states)
+
+
+def test_equal_arguments_are_kept_once() -> None:
+    model, ids = families.build("llama"), families.tokens(2, 8)
+    runner = streams.Runner(model, models.blocks(model)[1])
+    runner.record(ids)
+    kept = {id(t) for call in runner._calls[(2, 8)] for t in tensors(call)}
+    assert 1 <= len(kept) <= 4, "three blocks share their mask and rotary embeddings"
+
+
+def tensors(value: object) -> list[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return [value]
+    members = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return [t for member in members for t in tensors(member)]
+
+
+def test_nothing_is_left_behind() -> None:
+    model = families.build("llama")
+    runner = streams.Runner(model, models.blocks(model)[1])
+    runner.record(families.tokens(2, 8))
+    runner.embed(families.tokens(2, 8), 2)
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("name", families.ALL)
+def test_every_product_with_a_prunable_matrix_is_seen(name: str) -> None:
+    model, seen = families.build(name), set()
+    views = [v for block in models.blocks(model)[1] for v in models.weight_views(block)[0]]
+    with pruning._eager_experts(model), streams.InputTap(views, lambda view, x, linear: seen.add(id(view))), torch.no_grad():
+        model(input_ids=families.tokens(4, 32), use_cache=False)
+    assert all(id(v) in seen for v in views if v.index is None)
+    assert seen
+
+
+def test_error_equals_its_twin_and_does_not_depend_on_the_batch() -> None:
+    torch.manual_seed(0)
+    dense, sparse = torch.randn(5, 4, 6), torch.randn(5, 4, 6)
+    expected = reference.error(dense, sparse)
+    for batch_size in (1, 2, 8):
+        assert streams.error(dense, sparse, batch_size) == pytest.approx(expected, rel=1e-6)
+    assert streams.error(dense, dense) == (0.0, 0.0)
+    assert streams.error(dense, torch.zeros_like(dense))[1] == pytest.approx(1)
+
+
+@pytest.mark.gpu
+def test_streams_that_do_not_fit_live_in_ram() -> None:
+    free, _ = torch.cuda.mem_get_info()
+    device = torch.device("cuda")
+    assert streams.storage_device(device, free).type == "cpu" and streams.storage_device(device, 1).type == "cuda"
