@@ -17,23 +17,28 @@ TRIES = 6
 
 
 class Statistics:
-    """Sums over the inputs (tokens, columns) of layers that read the same tensor."""
+    """Sums over the inputs (tokens, columns) of layers that read the same tensor: of squares, and of products where asked for."""
 
     def __init__(self, columns: int, *, hessian: bool = False, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
         self.count = 0
         "Tokens seen."
-        self.square_sum = torch.zeros(columns, dtype=torch.float64, device="cpu" if str(device).startswith("mps") else device)
-        "Σ x² of each column."
         self.hessian = torch.zeros(columns, columns, dtype=dtype, device=device) if hessian else None
         "Σ x xᵀ (columns, columns)."
+        self._squares = torch.zeros(columns, dtype=torch.float64, device="cpu" if str(device).startswith("mps") else device)
 
     def add(self, x: Tensor) -> None:
         """Count the inputs `x` (tokens, columns)."""
         self.count += len(x)
-        self.square_sum += x.float().square().sum(0, dtype=torch.float64) if x.dtype != torch.float64 else x.square().sum(0)
         if self.hessian is not None:
             x = x.to(self.hessian.dtype)
             self.hessian.addmm_(x.t(), x)
+        else:
+            self._squares += x.float().square().sum(0)
+
+    @property
+    def square_sum(self) -> Tensor:
+        """Σ x² of each column (columns,)."""
+        return self._squares if self.hessian is None else self.hessian.diagonal()
 
 
 def lowest(scores: Tensor, count: int) -> Tensor:

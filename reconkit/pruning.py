@@ -164,7 +164,8 @@ def _begin(runner: Runner, sources: dict[str, Tensor], config: PruneConfig, note
     for source, ids in sources.items():
         states = runner.embed(ids, config.batch_size)
         embedded[source] = states.to(storage_device(states.device, 4 * states.nbytes * len(sources)))
-        _finite(embedded[source], f"the embeddings of {source}")
+        if not torch.isfinite(states).all():
+            raise FloatingPointError(f"There is NaN or infinity in the embeddings of {source}.")
     return Walk(position=0, sparse=embedded, dense={0: embedded}, notes=list(notes))
 
 
@@ -207,8 +208,10 @@ def _advance(runner: Runner, walk: Walk, position: int, config: PruneConfig, fou
         i = walk.position
         for source, states in walk.sparse.items():
             walk.sparse = {**walk.sparse, source: runner.advance([i], states, config.batch_size)}
-            _finite(walk.sparse[source], f"the output of block {i} on {source}")
-            walk.errors.append((i, source, *error(walk.dense[i + 1][source], walk.sparse[source])))
+            mse, nmse = error(walk.dense[i + 1][source], walk.sparse[source])
+            if not math.isfinite(mse):
+                raise FloatingPointError(f"The error of block {i} on {source} is {mse}; load the model in float32, or look at the samples.")
+            walk.errors.append((i, source, mse, nmse))
         del walk.dense[i]
         for view in found.views[i]:
             walk.masks.pop(f"{i}.{view.name}", None)
@@ -313,8 +316,6 @@ def _statistics(
 
     def seen(view: WeightView, x: Tensor, _: bool) -> None:
         if view.name in statistics:
-            if not torch.isfinite(x).all():
-                raise FloatingPointError(f"The input of block {index}, {view.name} holds NaN or infinity on the calibration samples.")
             statistics[view.name].add(x.reshape(-1, x.shape[-1]))
 
     dense = config.statistics_input == "dense"
@@ -323,6 +324,9 @@ def _statistics(
     with InputTap([group[0] for group in groups], seen):
         for _, batch in batches(states, config.batch_size, device, runner.dtype):
             runner.call(index, runner.through(before, batch))
+    for name, found in statistics.items():
+        if not torch.isfinite(found.square_sum).all():
+            raise FloatingPointError(f"The input of block {index}, {name} holds NaN or infinity on the calibration samples.")
     return statistics
 
 
@@ -447,11 +451,6 @@ def _check(model: nn.Module, samples: Tensor, config: PruneConfig, extra: Tensor
 def _epochs(config: PruneConfig, sources: Mapping[str, Tensor]) -> int:
     per_epoch = math.ceil(sum(len(sources[s]) for s in ("calibration", "extra") if s in sources) / config.batch_size)
     return config.epochs if config.steps is None else math.ceil(config.steps / per_epoch)
-
-
-def _finite(states: Tensor, what: str) -> None:
-    if not torch.isfinite(states).all():
-        raise FloatingPointError(f"There is NaN or infinity in {what}; load the model in float32 or another precision.")
 
 
 def _label(window: range) -> str:

