@@ -1,0 +1,254 @@
+"""One function a figure, `(data) -> Axes`. The only room that knows matplotlib and seaborn.
+
+A word has one colour in every figure. The colours stay apart for colour-blind readers and, being evenly spaced in
+lightness, in grey print; markers and dashes say the same once more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+
+COLOURS = ("#E69F00", "#009E73", "#0072B2", "#882255", "#CC79A7", "#56B4E9", "#767676")
+"Okabe and Ito's hues and two of Tol's; lightness of the first four falls from 70 to 30."
+INK = "#222222"
+MARKERS = ("o", "s", "D", "^", "v", "P", "X")
+DASHES = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (5, 1.5, 1, 1.5)), (0, (8, 2)), (0, (3, 1, 1, 1, 1, 1)), "-")
+ORDER = {
+    "technique": ("LR", "BR", "BR+GP", "BR+GP+CR", "BR+CR", "wide windows"),
+    "criterion": ("magnitude", "wanda", "sparsegpt"),
+    "source": ("calibration", "extra", "wiki", "news", "pydocs"),
+    "layers": ("attention", "feed-forward", "all"),
+}
+"What a word's colour is counted from; words that are not here follow in their order of appearance."
+NAMES = {
+    "block": "block",
+    "nmse": "NMSE (error relative to the dense stream)",
+    "mse": "MSE (mean square per scalar)",
+    "sparsity": "sparsity (share of weights that are zero)",
+    "epoch": "epoch",
+    "loss": "loss (MSE against the target)",
+    "value": "perplexity",
+    "ratio": "held-out NMSE / calibration NMSE",
+    "magnitude": "magnitude",
+    "wanda": "Wanda",
+    "sparsegpt": "SparseGPT",
+    "wiki": "wiki (calibration's domain)",
+}
+WIDTH, HEIGHT = 4.2, 3.0  # inches of one panel
+
+plt.rcParams.update(
+    {
+        "figure.dpi": 110,
+        "savefig.dpi": 160,
+        "savefig.bbox": "tight",
+        "svg.hashsalt": "reconkit",
+        "svg.fonttype": "none",
+        "font.size": 9.5,
+        "axes.titlesize": 10,
+        "axes.titlelocation": "left",
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.edgecolor": INK,
+        "axes.grid": True,
+        "grid.color": "#e5e5e5",
+        "grid.linewidth": 0.6,
+        "axes.axisbelow": True,
+        "legend.frameon": False,
+        "lines.linewidth": 1.6,
+        "lines.markersize": 4.5,
+    }
+)
+
+
+def save(figure: Axes | Figure | np.ndarray, name: str, data: pd.DataFrame | Mapping[str, Any], out_dir: str | Path) -> None:
+    """Write `figures/<name>.png`, `.svg` and what was drawn as `data/<name>.csv` under `out_dir`; "" writes nothing."""
+    if not str(out_dir):
+        return
+    canvas = figure if isinstance(figure, Figure) else np.ravel(figure)[0].get_figure()
+    for kind in ("figures", "data"):
+        (Path(out_dir) / kind).mkdir(parents=True, exist_ok=True)
+    canvas.savefig(Path(out_dir) / "figures" / f"{name}.png")
+    canvas.savefig(Path(out_dir) / "figures" / f"{name}.svg", metadata={"Date": None})
+    pd.DataFrame(data).to_csv(Path(out_dir) / "data" / f"{name}.csv", index=False)
+
+
+def looks(by: str, words: Sequence[Any]) -> dict[Any, dict[str, Any]]:
+    """Colour, marker and dash of each word, the same in every figure."""
+    known = [*ORDER.get(by, ()), *(w for w in words if w not in ORDER.get(by, ()))]
+    return {w: {"color": COLOURS[i % 7], "marker": MARKERS[i % 7], "linestyle": DASHES[i % 7]} for i, w in enumerate(known) if w in words}
+
+
+def lines(data: pd.DataFrame, x: str, y: str, by: str, *, ax: Axes | None = None, log: bool = True, labels: bool = True, title: str = "") -> Axes:
+    """One line for each word in `by`, labelled where it ends.
+
+    Args:
+        data: one row a point, with the columns `x`, `y`, `by`.
+    """
+    ax = ax or _panels(1)[0]
+    ends = []
+    for word, look in looks(by, list(data[by].unique())).items():
+        part = data[data[by] == word].sort_values(x)
+        ax.plot(part[x], part[y], **look, markevery=max(1, len(part) // 8))
+        ends.append((float(part[x].iloc[-1]), float(part[y].iloc[-1]), NAMES.get(word, str(word)).split(" (")[0], look["color"]))
+    _axes(ax, x, y, log)
+    if title:
+        ax.set_title(title)
+    if labels:
+        _label_ends(ax, ends)
+    return ax
+
+
+def line_panels(data: pd.DataFrame, x: str, y: str, by: str, panels: str, *, log: bool = True) -> np.ndarray:
+    """`lines` once for each word in the column `panels`, on a shared y axis; returns the axes."""
+    words = _sorted(panels, data[panels].unique())
+    axes = _panels(len(words), sharey=True)
+    for ax, word in zip(axes, words, strict=True):
+        lines(data[data[panels] == word], x, y, by, ax=ax, log=log, title=NAMES.get(word, str(word)))
+        if ax is not axes[0]:
+            ax.set_ylabel("")
+    return axes
+
+
+def error_by_block(errors: pd.DataFrame, by: str = "source", y: str = "nmse") -> Axes:
+    """The error between the dense and the sparse stream after each block, on a log scale: it compounds."""
+    return lines(errors, "block", y, by)
+
+
+def training_curves(training: pd.DataFrame, windows: Sequence[str]) -> np.ndarray:
+    """Loss by epoch of chosen windows, training and held-out samples; each against its own value before training."""
+    chosen = training[training.window.isin(list(windows))].copy()
+    start = chosen[chosen.epoch == 0].set_index(["window", "source"]).loss
+    chosen["relative"] = [row.loss / start[row.window, row.source] for row in chosen.itertuples()]
+    axes = _panels(len(windows), sharey=True)
+    for ax, window in zip(axes, windows, strict=True):
+        lines(chosen[chosen.window == window], "epoch", "relative", "source", ax=ax, log=False, title=f"block {window}")
+        ax.set_ylabel("loss / loss before training" if ax is axes[0] else "")
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return axes
+
+
+def perplexity(data: pd.DataFrame, by: str, rows: str, dense: Mapping[str, float] | None = None) -> np.ndarray:
+    """Perplexity with its 95 % interval: a panel for each corpus, a row for each word in `rows`, a colour for each in `by`.
+
+    Args:
+        data: columns corpus, value, low, high, `by` and `rows`.
+        dense: the dense model's perplexity on each corpus, drawn as a line.
+    """
+    corpora = _sorted("source", data.corpus.unique())
+    words, kinds = _sorted(rows, data[rows].unique()), looks(by, list(data[by].unique()))
+    axes = _panels(len(corpora), sharey=True, height=0.9 + 0.42 * len(words))
+    for ax, corpus in zip(axes, corpora, strict=True):
+        part = data[data.corpus == corpus]
+        for shift, (kind, look) in zip(np.linspace(-0.22, 0.22, len(kinds)) if len(kinds) > 1 else [0.0], kinds.items(), strict=True):
+            points = part[part[by] == kind].set_index(rows).reindex(words)
+            place = np.arange(len(words)) + shift
+            spread = np.abs(np.stack([points.value - points.low, points.high - points.value]))
+            ax.errorbar(points.value, place, xerr=spread, fmt=look["marker"], color=look["color"], capsize=2, linewidth=1, label=NAMES.get(kind, kind))
+        if dense is not None:
+            ax.axvline(dense[corpus], color=INK, linewidth=1)
+            ax.annotate("dense", (dense[corpus], 1), xycoords=("data", "axes fraction"), xytext=(3, -9), textcoords="offset points", color=INK, fontsize=8)
+        _plain_log(ax, "x")
+        ax.set_xlabel(f"perplexity on {corpus}")
+        ax.set_yticks(range(len(words)), [NAMES.get(w, str(w)) for w in words])
+        ax.margins(y=0.12)
+    axes[0].invert_yaxis()
+    if len(kinds) > 1:
+        axes[0].get_figure().legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(kinds))
+    return axes
+
+
+def bars(data: pd.DataFrame, x: str, y: str, by: str, *, dense: float | None = None, ax: Axes | None = None) -> Axes:
+    """A bar for each word in `by` beside each other at every word in `x`, with its value above it."""
+    ax = ax or _panels(1, width=1.5 * WIDTH)[0]
+    kinds = looks(by, list(data[by].unique()))
+    order, hues = _sorted(x, data[x].unique()), _sorted(by, data[by].unique())
+    sns.barplot(data, x=x, y=y, hue=by, order=order, hue_order=hues, palette={k: v["color"] for k, v in kinds.items()}, saturation=1, ax=ax)
+    for container in ax.containers:
+        ax.bar_label(container, fmt="%.3g", fontsize=7.5, padding=1)
+    if dense is not None:
+        ax.axhline(dense, color=INK, linewidth=1)
+        ax.annotate("dense", (0, dense), xycoords=("axes fraction", "data"), xytext=(2, 2), textcoords="offset points", fontsize=8)
+    ax.set_xticks(range(len(order)), [NAMES.get(w, str(w)) for w in order])
+    ax.set(xlabel="", ylabel=NAMES.get(y, y))
+    ax.grid(axis="x", visible=False)
+    ax.legend(title="", ncols=len(hues), loc="lower left", bbox_to_anchor=(0, 1))
+    return ax
+
+
+def masks(kept: Mapping[str, np.ndarray], rows: int = 48, columns: int = 96) -> np.ndarray:
+    """The upper left corner of each mask (out, in): dark where a weight is kept."""
+    axes = _panels(len(kept), width=WIDTH * 0.95, height=2.3)
+    for ax, (name, mask) in zip(axes, kept.items(), strict=True):
+        ax.imshow(np.asarray(mask)[:rows, :columns], cmap=ListedColormap(["#f2e2c0", COLOURS[2]]), interpolation="nearest", aspect="equal")
+        ax.set(title=NAMES.get(name, name), xlabel="input", ylabel="output" if ax is axes[0] else "")
+        ax.grid(visible=False)
+    return axes
+
+
+def kept_by_input(kept: pd.DataFrame) -> Axes:
+    """Share of weights kept in each input column, columns sorted by the size of their input.
+
+    Args:
+        kept: columns rank (0 = smallest input), share, criterion.
+    """
+    ax = lines(kept, "rank", "share", "criterion", log=False)
+    ax.set(xlabel="input columns, from the smallest to the largest activation", ylabel="share of weights kept")
+    return ax
+
+
+def _panels(count: int, *, sharey: bool = False, width: float = WIDTH, height: float = HEIGHT) -> np.ndarray:
+    _, axes = plt.subplots(1, count, figsize=(width * count, height), sharey=sharey, layout="constrained", squeeze=False)
+    return axes[0]
+
+
+def _sorted(by: str, words: Sequence[Any]) -> list[Any]:
+    known = ORDER.get(by, ())
+    return sorted(words, key=lambda w: known.index(w) if w in known else len(known))
+
+
+def _axes(ax: Axes, x: str, y: str, log: bool) -> None:
+    ax.set(xlabel=NAMES.get(x, x), ylabel=NAMES.get(y, y))
+    if log:
+        _plain_log(ax, "y")
+    if x in ("block", "epoch"):
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def _plain_log(ax: Axes, axis: str) -> None:
+    """A log scale with plain numbers; minor ticks are numbered too where the range is below a decade and a half."""
+    getattr(ax, f"set_{axis}scale")("log")
+    which = getattr(ax, f"{axis}axis")
+    low, high = sorted(getattr(ax, f"get_{axis}lim")())
+    plain = FuncFormatter(lambda value, _: f"{value:g}")
+    which.set_major_formatter(plain)
+    decades = np.log10(high / low)
+    which.set_minor_formatter(FuncFormatter(lambda v, _: f"{v:g}" if _first_digit(v) in (2, 5) else "") if 0.3 < decades < 2 else plain if decades <= 0.3 else NullFormatter())
+    which.set_tick_params(which="minor", labelsize=8)
+
+
+def _first_digit(value: float) -> int:
+    return int(f"{value:e}"[0])
+
+
+def _label_ends(ax: Axes, ends: list[tuple[float, float, str, str]]) -> None:
+    """Each line's name to the right of its end, moved apart where ends are close."""
+    figure = ax.get_figure()
+    figure.canvas.draw()
+    points = sorted((ax.transData.transform((x, y))[1], x, y, name, colour) for x, y, name, colour in ends if np.isfinite(y))
+    gap, last = 11.0 * figure.dpi / 72, -np.inf
+    for height, x, y, name, colour in points:
+        place = max(height, last + gap)
+        last = place
+        offset = (place - height) * 72 / figure.dpi
+        ax.annotate(name, (x, y), xytext=(7, offset), textcoords="offset points", va="center", color=colour, fontsize=8.5, annotation_clip=False)
