@@ -1,0 +1,330 @@
+"""A run: load, prune, evaluate, record. The only room that reads or writes run records.
+
+A record is a folder `<cache>/runs/<id>/` of record.json, errors.csv and training.csv (and the model, where it was asked
+for). The id is a sum over everything that decides the numbers, so that the same question is answered from the record.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import platform
+import re
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from filelock import FileLock
+
+from . import assets, data, evaluation, models, pruning, selfgen
+from .checkpoint import code_hash
+from .config import ConfigError, RunConfig, from_dict, require, to_dict
+from .overfit import verdict
+from .reconstruct import resolve_precision
+
+ROOMS = ("assets", "checkpoint", "config", "criteria", "data", "evaluation", "models", "overfit", "pruning", "reconstruct", "runs", "selfgen", "streams")
+"Sources that decide a number."
+LIBRARIES = ("torch", "transformers", "numpy", "tokenizers", "datasets", "lm_eval")
+NEEDED = 10**9  # free bytes without which no run begins
+DEFAULT_LIMIT = "20GB"
+ERRORS = ["block", "source", "mse", "nmse"]
+TRAINING = ["window", "epoch", "source", "loss"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A recorded run."""
+
+    id: str
+    folder: Path
+    config: RunConfig
+    metrics: dict[str, float]
+    "Flat names: perplexity/wiki, nmse/calibration, accuracy/boolq, sparsity, seconds/prune, memory/rss, …"
+    errors: pd.DataFrame
+    "block, source, mse, nmse"
+    training: pd.DataFrame
+    "window, epoch, source, loss"
+    notes: list[str]
+    record: dict[str, Any]
+    "The whole record: environment, per-sequence figures, what the id was made from."
+    cached: bool = False
+    "It was there already."
+
+
+def run(run_config: RunConfig) -> Run:
+    """The record of a run; what was computed before costs nothing.
+
+    Raises:
+        ConfigError: a model, corpus or value that no source knows, before any work.
+        OSError: the disk has no room for a record.
+    """
+    for corpus in _corpora(run_config):
+        data.check_corpus(corpus)
+    parts = _parts(run_config)
+    id, folder = _id(parts), _folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / f".{id}.lock"):
+        whole = (folder / id / "record.json").is_file() and (not run_config.keep_model or (folder / id / "model").is_dir())
+        if not whole:
+            free = shutil.disk_usage(folder).free
+            if free < NEEDED:
+                raise OSError(28, f"a run needs {NEEDED / 1e9:.0f} GB for a while and {free / 1e9:.1f} GB are free; make room, or set RECONKIT_CACHE", str(folder))
+            with tempfile.TemporaryDirectory(prefix=f".{id}-", dir=folder, ignore_cleanup_errors=True) as staging:
+                _compute(run_config, id, parts, Path(staging) / "new")
+                shutil.rmtree(folder / id, ignore_errors=True)
+                os.replace(Path(staging) / "new", folder / id)
+            _keep_within_limit(folder, id)
+    if run_config.tag:
+        tag(id, run_config.tag)
+    return _read(folder / id, cached=whole)
+
+
+def fingerprint(run_config: RunConfig) -> str:
+    """The id that `run` gives to this configuration here."""
+    return _id(_parts(run_config))
+
+
+def _parts(config: RunConfig) -> dict[str, Any]:
+    """Everything that decides the numbers of a run."""
+    plain = to_dict(config)
+    del plain["tag"], plain["keep_model"]
+    device = models.resolve_device(config.device)
+    texts = {(config.corpus, "train"), *((c, "validation") for c in config.held_out), *((c, "test") for c in config.test)}
+    return {
+        "configuration": json.loads(json.dumps(plain)),
+        "model": models.identity(config.model),
+        "texts": sorted(data.identity(*text) for text in texts) + ([data.identity(config.extra)] if config.extra else []),
+        "precision": resolve_precision(config.prune.precision, device) if config.prune and config.prune.trains else "fp32",
+        **platform_key(device),
+    }
+
+
+def platform_key(device: str = "auto") -> dict[str, Any]:
+    """What of this machine and this code decides numbers: device kind, threads, sources, versions."""
+    return {
+        "device": models.resolve_device(device).split(":")[0],
+        "threads": torch.get_num_threads(),
+        "code": code_hash(ROOMS),
+        "versions": {name: _version(name) for name in ("torch", "transformers", "numpy", "tokenizers", "lm_eval")},
+    }
+
+
+def _id(parts: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _compute(config: RunConfig, id: str, parts: dict[str, Any], folder: Path) -> None:
+    """Do the work and write the whole record into `folder`."""
+    started = time.time()
+    model, tokenizer = models.load_model(config.model, dtype=getattr(torch, config.dtype), device=config.device)
+    errors, training, notes = pd.DataFrame(columns=ERRORS), pd.DataFrame(columns=TRAINING), []
+    metrics: dict[str, float] = {"sparsity": 0.0}
+    if config.prune is not None:
+        options = {"length": config.length, "seed": config.seed}
+        samples = data.load_samples(config.corpus, tokenizer, count=config.count, **options)
+        held_out = {_name(c): data.load_samples(c, tokenizer, count=config.held_out_count, split="validation", **options) for c in config.held_out}
+        result = pruning.prune(model, samples, config.prune, extra=_extra(config, model, tokenizer), held_out=held_out)
+        errors, training, notes = result.errors, result.training, result.notes
+        metrics |= {"sparsity": result.sparsity, "seconds/prune": result.seconds}
+        metrics |= {f"memory/{kind}": count for kind, count in result.peak_memory.items()}
+        for row in errors[errors.block == errors.block.max()].itertuples():
+            metrics |= {f"nmse/{row.source}": row.nmse, f"mse/{row.source}": row.mse}
+    record = evaluation.evaluate(
+        model,
+        tokenizer,
+        perplexity=config.test if "perplexity" in config.evaluate else (),
+        count=config.test_count,
+        length=config.test_length or config.length,
+        tasks=config.tasks if "zero_shot" in config.evaluate else (),
+        limit=config.limit,
+        speed="speed" in config.evaluate,
+        seed=config.seed,
+    )
+    for row in record["perplexity"]:
+        name = f"perplexity/{_name(row['corpus'])}"
+        metrics |= {name: row["value"], f"{name}/low": row["low"], f"{name}/high": row["high"]}
+    for row in record["zero_shot"]:
+        metrics |= {f"accuracy/{row['task']}": row["value"], f"accuracy/{row['task']}/low": row["low"], f"accuracy/{row['task']}/high": row["high"]}
+    metrics |= {f"speed/{name}": value for name, value in (record["speed"] or {}).items()}
+    metrics |= {f"size/{name}": record["size"][name] for name in ("parameters", "bytes")}
+    metrics["seconds/evaluate"] = record["cost"]["seconds"]
+    word, reasons = verdict(_Tables(errors, training))
+    folder.mkdir()
+    errors.to_csv(folder / "errors.csv", index=False)
+    training.to_csv(folder / "training.csv", index=False)
+    if config.keep_model:
+        models.save_model(model, tokenizer, folder / "model")
+    facts = {
+        "id": id,
+        "created": time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(started)),
+        "config": to_dict(config),
+        "metrics": metrics,
+        "verdict": word,
+        "reasons": reasons,
+        "notes": notes,
+        "evaluation": record,
+        "made_from": parts,
+        "environment": environment(),
+    }
+    (folder / "record.json").write_text(json.dumps(facts, indent=1, default=float), encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class _Tables:
+    errors: pd.DataFrame
+    training: pd.DataFrame
+
+
+def _extra(config: RunConfig, model: Any, tokenizer: Any) -> torch.Tensor | None:
+    """Samples that only train: a file's, the model's own, or both."""
+    found = []
+    if config.extra:
+        found.append(data.load_samples(config.extra, tokenizer, count=None, length=config.length, seed=config.seed))
+    if config.self_generated:
+        found.append(selfgen.self_generate(model, tokenizer, count=config.self_generated, length=config.length, seed=config.seed))
+    return torch.cat(found) if found else None
+
+
+def _corpora(config: RunConfig) -> list[str]:
+    models.check_model(config.model)
+    return [config.corpus, *config.held_out, *config.test, *([config.extra] if config.extra else [])]
+
+
+def _name(corpus: str) -> str:
+    """A corpus in the name of a measurement: a file without its folder."""
+    return Path(corpus).name if Path(corpus).suffix in data.FILES else corpus
+
+
+def _folder() -> Path:
+    return assets.cache_dir() / "runs"
+
+
+def _read(folder: Path, *, cached: bool = True) -> Run:
+    record = json.loads((folder / "record.json").read_text(encoding="utf-8"))
+    config = from_dict(RunConfig, {**record["config"], "tag": _tag(folder)})
+    errors = pd.read_csv(folder / "errors.csv", dtype=str).astype({"block": int, "mse": float, "nmse": float})  # from str: exact
+    training = pd.read_csv(folder / "training.csv", dtype=str).astype({"epoch": int, "loss": float})
+    return Run(record["id"], folder, config, record["metrics"], errors, training, record["notes"], record, cached)
+
+
+def _all() -> list[Run]:
+    """Every whole record, oldest first; a damaged one is named on stderr and skipped."""
+    found = []
+    for file in sorted(_folder().glob("*/record.json"), key=lambda f: f.stat().st_mtime):
+        try:
+            found.append(_read(file.parent))
+        except (OSError, ValueError, KeyError) as error:
+            print(f"The record {file.parent} is damaged ({type(error).__name__}) and was skipped; delete it to have it made again.", file=sys.stderr)
+    return found
+
+
+def history() -> pd.DataFrame:
+    """One row a run: how it was made, its verdict, and every measurement in a column of its own."""
+    rows = []
+    for r in _all():
+        how = r.config.prune
+        facts = {"id": r.id, "created": r.record["created"], "tag": r.config.tag, "model": r.config.model, "corpus": r.config.corpus, "count": r.config.count}
+        facts |= {"criterion": how and how.criterion, "technique": how.technique if how else "dense", "pattern": how and how.pattern}
+        rows.append({**facts, "verdict": r.record["verdict"], **r.metrics})
+    return pd.DataFrame(rows)
+
+
+def find(run: str) -> Run:
+    """A run by its id, the beginning of it, or its tag.
+
+    Raises:
+        ConfigError: no run or several are called so.
+    """
+    known = _all()
+    found = [r for r in known if r.config.tag == run] or [r for r in known if r.id.startswith(run)]
+    if len(found) == 1:
+        return found[0]
+    recent = ", ".join(r.id for r in known[-5:][::-1]) or "none yet"
+    raise ConfigError(f"{len(found) or 'No'} runs are called {run!r}; the last recorded ones are: {recent} (reconkit runs list shows all).")
+
+
+def tag(run: str, tag: str) -> None:
+    """Give a run a name; a name that another run has moves here.
+
+    Raises:
+        ConfigError: no such run, or a name that is not letters, digits, dots, dashes and underscores.
+    """
+    require(re.fullmatch(r"[\w.-]+", tag) is not None, "tag", tag, "letters, digits, dots, dashes and underscores")
+    chosen = find(run)
+    for other in _all():
+        if other.config.tag == tag and other.id != chosen.id:
+            (other.folder / "tag").unlink()
+    (chosen.folder / "tag").write_text(tag, encoding="utf-8")
+
+
+def _tag(folder: Path) -> str | None:
+    file = folder / "tag"
+    return file.read_text(encoding="utf-8") if file.is_file() else None
+
+
+def cache_limit() -> int:
+    """Bytes that the cache may hold (RECONKIT_CACHE_LIMIT, such as 20GB); the oldest runs go first.
+
+    Raises:
+        ConfigError: the variable is not a size.
+    """
+    written = os.environ.get("RECONKIT_CACHE_LIMIT") or DEFAULT_LIMIT
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(MB|GB|TB)", written.strip(), flags=re.IGNORECASE)
+    require(match is not None, "RECONKIT_CACHE_LIMIT", written, "a size such as 500MB or 20GB")
+    return int(float(match[1]) * {"MB": 10**6, "GB": 10**9, "TB": 10**12}[match[2].upper()])
+
+
+def _keep_within_limit(folder: Path, newest: str) -> None:
+    """Delete the oldest runs while the whole cache is above its limit; the newest stays."""
+    total, limit = sum(p.stat().st_size for p in assets.cache_dir().rglob("*") if p.is_file()), cache_limit()
+    for file in sorted(folder.glob("*/record.json"), key=lambda f: f.stat().st_mtime):
+        if total <= limit:
+            break
+        if file.parent.name != newest:
+            total -= sum(p.stat().st_size for p in file.parent.rglob("*") if p.is_file())
+            shutil.rmtree(file.parent)
+
+
+def environment() -> dict[str, Any]:
+    """Where numbers came from, without names or paths."""
+    return {
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        **{name: _version(name) for name in LIBRARIES},
+    }
+
+
+def _version(library: str) -> str | None:
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return None
+
+
+def save_metrics(out_dir: str | Path, metrics: Mapping[str, float]) -> None:
+    """Hand a notebook's numbers to its suite run as metrics.json; "" writes nothing."""
+    if str(out_dir):
+        finite = {name: float(value) for name, value in metrics.items() if math.isfinite(float(value))}
+        (Path(out_dir) / "metrics.json").write_text(json.dumps(finite, indent=1), encoding="utf-8")
+
+
+def save_claims(out_dir: str | Path, rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """The closing table of a notebook: paper, expected at this scale, measured, holds; kept as claims.json ("" keeps nothing)."""
+    table = pd.DataFrame(rows, columns=["claim", "paper", "expected here", "measured", "holds"])
+    table["holds"] = table["holds"].map({True: "yes", False: "no"})
+    if str(out_dir):
+        (Path(out_dir) / "claims.json").write_text(table.to_json(orient="records", indent=1), encoding="utf-8")
+    return table

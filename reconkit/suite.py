@@ -1,0 +1,533 @@
+"""Manifests → papermill → run folders. The only room that knows papermill.
+
+A suite is a TOML file beside its output folder: `papermill_runs/offline.toml` fills `papermill_runs/offline/`.
+
+    [defaults]                  # parameters for every notebook that has them
+    model = "smollm2-135m"
+
+    [[run]]
+    notebook = "01_pruning_criteria"
+    name = "criteria"           # folder of the run; default: the notebook's name
+    minutes = 4                 # estimate
+    alone = true                # nothing runs beside it (timings)
+    [run.parameters]
+    count = 16
+"""
+
+from __future__ import annotations
+
+import ast
+import fnmatch
+import hashlib
+import html
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pandas as pd
+
+from . import runs
+from .config import ConfigError, one_of, require
+
+PUBLISHED = "published"
+OUT_DIR = "out_dir"
+TIMED = ("seconds/", "memory/", "speed/", "ratio/")
+"Beginnings of measurements that differ between machines and are shown without a judgement."
+TOLERANCE = 0.03
+"Relative difference below which a number counts as reproduced: other processors sum in another order, and training amplifies it."
+NEW = """# A suite: one [[run]] for each notebook execution. Run it with: reconkit suite run {name}
+
+[defaults]  # parameters for every notebook that has them
+seed = 0
+
+[[run]]
+notebook = "00_start_here"
+name = "wanda-60"
+minutes = 2
+
+[run.parameters]  # reconkit suite run --dry-run names what a notebook has
+criterion = "wanda"
+sparsity = 0.6
+"""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One execution of a notebook."""
+
+    name: str
+    notebook: Path
+    parameters: dict[str, Any]
+    "All parameters of the notebook, defaults included, without out_dir."
+    minutes: float = 1.0
+    alone: bool = False
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A checked manifest."""
+
+    name: str
+    folder: Path
+    "Where its runs go, one folder each."
+    entries: list[Entry] = field(default_factory=list)
+
+
+def load_manifest(manifest: str | Path) -> Suite:
+    """Read and check a manifest; nothing runs before everything in it is known to be possible.
+
+    Raises:
+        ConfigError: what is wrong, in which entry, and what is possible.
+    """
+    file = Path(manifest).absolute()
+    if not file.is_file():
+        known = sorted(p.name for p in file.parent.glob("*.toml")) if file.parent.is_dir() else []
+        raise ConfigError(f"There is no manifest {manifest}; {'there are: ' + ', '.join(known) if known else 'reconkit suite new writes one'}.")
+    try:
+        written = tomllib.loads(file.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file.name} is not valid TOML: {error}.") from None
+    _known(file.name, written, ("defaults", "run"))
+    defaults, rows = written.get("defaults", {}), written.get("run", [])
+    require(isinstance(defaults, dict), f"{file.name}: defaults", defaults, "a table of parameters")
+    require(isinstance(rows, list) and len(rows) > 0 and all(isinstance(r, dict) for r in rows), f"{file.name}: run", rows, "one [[run]] or more")
+    entries = [_entry(file, row, defaults) for row in rows]
+    names = [e.name for e in entries]
+    twice = sorted({n for n in names if names.count(n) > 1})
+    require(not twice, f"{file.name}: name", ", ".join(twice), "given to one run only")
+    unused = [key for key in defaults if not any(key in e.parameters for e in entries)]
+    require(not unused, f"{file.name}: defaults", ", ".join(unused), one_of(tuple(sorted({k for e in entries for k in e.parameters}))))
+    return Suite(file.stem, file.parent / file.stem, entries)
+
+
+def _entry(file: Path, row: Mapping[str, Any], defaults: Mapping[str, Any]) -> Entry:
+    where = f"{file.name}: run {row.get('name', row.get('notebook', '?'))!r}"
+    _known(where, row, ("notebook", "name", "parameters", "minutes", "alone"))
+    folder = file.parent.parent / "notebooks"
+    stem = row.get("notebook")
+    possible = sorted(p.stem for p in folder.glob("*.ipynb"))
+    require(isinstance(stem, str) and stem != "", f"{where}: notebook", stem, one_of(tuple(possible)))
+    notebook = (file.parent / stem) if stem.endswith(".ipynb") else folder / f"{stem}.ipynb"
+    require(notebook.is_file(), f"{where}: notebook", stem, one_of(tuple(possible)) + ", or a path to an .ipynb file")
+    name = row.get("name", notebook.stem)
+    safe = isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*", name) is not None
+    require(safe, f"{where}: name", name, "letters, digits and . _ + -, fit for a folder")
+    minutes, alone, given = row.get("minutes", 1.0), row.get("alone", False), row.get("parameters", {})
+    number = isinstance(minutes, (int, float)) and not isinstance(minutes, bool) and minutes > 0
+    require(number, f"{where}: minutes", minutes, "a positive number")
+    require(isinstance(alone, bool), f"{where}: alone", alone, "true or false")
+    require(isinstance(given, dict), f"{where}: parameters", given, "a table")
+    known = parameters(notebook)
+    chosen = {k: v for k, v in defaults.items() if k in known} | given
+    for key, value in chosen.items():
+        require(key in known and key != OUT_DIR, f"{where}: parameter", key, one_of(tuple(k for k in known if k != OUT_DIR)))
+        require(_fits(value, known[key]), f"{where}: {key}", value, f"a {type(known[key]).__name__}, like {known[key]!r}")
+    return Entry(name, notebook, {k: v for k, v in known.items() if k != OUT_DIR} | chosen, float(minutes), alone)
+
+
+def _known(where: str, table: Mapping[str, Any], possible: Sequence[str]) -> None:
+    wrong = [key for key in table if key not in possible]
+    require(not wrong, f"{where}: key", ", ".join(wrong), one_of(tuple(possible)))
+
+
+def _fits(value: Any, like: Any) -> bool:
+    """Whether a value may stand where the notebook has `like`; whole numbers may stand for fractions."""
+    if isinstance(like, float) and isinstance(value, int):
+        return not isinstance(value, bool)
+    return type(value) is type(like)
+
+
+def parameters(notebook: Path) -> dict[str, Any]:
+    """The literals of a notebook's `parameters` cell, by name.
+
+    Raises:
+        ConfigError: not a notebook, no such cell, or something in it that is not a literal.
+    """
+    cells = [c for c in _read(notebook).cells if "parameters" in c.metadata.get("tags", [])]
+    require(len(cells) == 1, f"{notebook.name}: cells tagged parameters", len(cells), "exactly one")
+    found: dict[str, Any] = {}
+    for line in ast.parse(cells[0].source).body:
+        target = line.target if isinstance(line, ast.AnnAssign) else line.targets[0] if isinstance(line, ast.Assign) else None
+        try:
+            if not isinstance(target, ast.Name):
+                raise ValueError
+            found[target.id] = ast.literal_eval(line.value)  # type: ignore[union-attr]
+        except ValueError:
+            raise ConfigError(f"{notebook.name}: the parameters cell holds {ast.unparse(line)!r}, which is not NAME = LITERAL.") from None
+    require(OUT_DIR in found, f"{notebook.name}: parameters", ", ".join(found), f"such that {OUT_DIR} is one of them")
+    return found
+
+
+def _read(notebook: Path) -> Any:
+    try:
+        return nbformat.read(notebook, as_version=4)
+    except (OSError, ValueError, nbformat.reader.NotJSONError, nbformat.ValidationError) as error:
+        raise ConfigError(f"{notebook.name} is not a readable notebook ({type(error).__name__}).") from None
+
+
+def key(entry: Entry, platform: Mapping[str, Any]) -> str:
+    """What decides the result of an entry: its code, parameters and plots, and everything that `runs.run` hashes."""
+    code = [c.source for c in _read(entry.notebook).cells if c.cell_type == "code" and "parameters" not in c.metadata.get("tags", [])]
+    plots = Path(__file__).with_name("plots.py").read_text(encoding="utf-8")
+    facts = [code, entry.parameters, plots, platform]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def run(manifest: str | Path, *, only: str | None = None, jobs: int = 1, dry_run: bool = False, force: bool = False) -> int:
+    """Run what is new or changed of a suite; returns the exit status: 0, or 1 when an entry failed.
+
+    Raises:
+        ConfigError: the manifest is wrong; nothing has run.
+    """
+    suite = load_manifest(manifest)
+    require(isinstance(jobs, int) and jobs >= 1, "--jobs", jobs, "a whole number of at least 1")
+    chosen = [e for e in suite.entries if only is None or fnmatch.fnmatchcase(e.name, only)]
+    require(len(chosen) > 0, "--only", only, "a pattern that matches one of " + ", ".join(e.name for e in suite.entries))
+    platform = runs.platform_key()
+    keys = {e.name: key(e, platform) for e in chosen}
+    todo = [e for e in chosen if force or _state(suite, e, keys[e.name]) != "unchanged"]
+    if dry_run:
+        for e in chosen:
+            print(f"{'run' if e in todo else 'keep':<5} {e.name}: {e.notebook.name}, {', '.join(f'{k}={v!r}' for k, v in e.parameters.items())}")
+        return 0
+    if todo:
+        suite.folder.mkdir(parents=True, exist_ok=True)
+        _execute_all(suite, todo, keys, jobs)
+    failed = [e for e in chosen if _status(suite, e).get("state") != "ok"]
+    if todo or not (suite.folder / "index.html").is_file():
+        index(suite)
+    if failed or todo:
+        print(status(manifest))
+    print(f"{len(chosen) - len(failed)} of {len(chosen)} whole, {len(chosen) - len(todo)} unchanged: {os.path.relpath(suite.folder / 'index.html')}")
+    return 1 if failed else 0
+
+
+@dataclass
+class _Running:
+    entry: Entry
+    process: subprocess.Popen[bytes]
+    staging: Path
+    log: Path
+    started: float
+
+
+def _execute_all(suite: Suite, todo: list[Entry], keys: Mapping[str, str], jobs: int) -> None:
+    """Up to `jobs` notebooks at once, each in a process of its own; those that want to be alone are."""
+    waiting, going, done = list(todo), [], 0
+    estimates = {e.name: _status(suite, e).get("seconds") or 60 * e.minutes for e in todo}
+    line = _Line()
+    try:
+        while waiting or going:
+            free = [e for e in waiting if not going or not e.alone] if len(going) < jobs and not any(r.entry.alone for r in going) else []
+            if free:
+                waiting.remove(free[0])
+                going.append(_start(suite, free[0], jobs))
+                continue
+            time.sleep(0.2)
+            now = time.time()
+            left = (sum(estimates[e.name] for e in waiting) + sum(max(estimates[r.entry.name] - now + r.started, 0) for r in going)) / jobs
+            line.show(f"[{done + 1}/{len(todo)}] {', '.join(r.entry.name for r in going)}, about {_clock(left)} left")
+            for r in [r for r in going if r.process.poll() is not None]:
+                going.remove(r)
+                done += 1
+                state = _finish(suite, r, keys[r.entry.name])
+                line.say(f"[{done}/{len(todo)}] {r.entry.name}: {state} in {_clock(now - r.started)}")
+    finally:
+        line.clear()
+        for r in going:
+            _kill(r.process)
+            shutil.rmtree(r.staging, ignore_errors=True)
+
+
+def _start(suite: Suite, entry: Entry, jobs: int) -> _Running:
+    for left in suite.folder.glob(f".{entry.name}-*"):
+        shutil.rmtree(left, ignore_errors=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{entry.name}-", dir=suite.folder))
+    staging.chmod(0o755)
+    (staging / "params.json").write_text(json.dumps(entry.parameters, indent=1) + "\n", encoding="utf-8")
+    environment = {**os.environ, "JUPYTER_PREFER_ENV_PATH": "1", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
+    if jobs > 1:
+        environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // jobs))
+    log = staging / "log.txt"
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "reconkit.suite", str(entry.notebook), str(staging)],
+            stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, env=environment, start_new_session=True,
+        )  # fmt: skip
+    return _Running(entry, process, staging, log, time.time())
+
+
+def _finish(suite: Suite, r: _Running, key: str) -> str:
+    """Write the status beside what the notebook left, and move everything into place."""
+    state = "ok" if r.process.returncode == 0 else "failed"
+    reason = None
+    if state == "failed":
+        lines = [x for x in r.log.read_text(encoding="utf-8", errors="replace").splitlines() if x.strip()]
+        reason = lines[-1] if lines else f"ended with status {r.process.returncode}"
+    notebook = r.staging / "notebook.ipynb"
+    if state == "ok":
+        r.log.unlink()
+        nbformat.write(_without_bars(_read(notebook), r.staging), notebook)
+    (r.staging / "env.json").write_text(json.dumps(runs.environment(), indent=1) + "\n", encoding="utf-8")
+    facts = {"state": state, "reason": reason, "seconds": round(time.time() - r.started, 1), "key": key, "finished": time.strftime("%Y-%m-%dT%H:%M:%S")}
+    (r.staging / "status.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    _replace(r.staging, suite.folder / r.entry.name)
+    return state if reason is None else f"{state} ({reason})"
+
+
+def _replace(new: Path, folder: Path) -> None:
+    """Move a whole folder into place of an older one."""
+    old = new.with_name(f"{new.name}.old")
+    if folder.exists():
+        os.replace(folder, old)
+    os.replace(new, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """The notebook's process and the kernel that it started."""
+    try:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait(timeout=5)
+    except (ProcessLookupError, subprocess.TimeoutExpired):
+        process.kill()
+
+
+def _child(notebook: str, staging: str) -> None:
+    """Execute one notebook here; the last line printed on failure is the reason."""
+    import papermill
+
+    given = json.loads((Path(staging) / "params.json").read_text(encoding="utf-8"))
+    for attempt in (1, 2):
+        try:
+            papermill.execute_notebook(
+                notebook,
+                str(Path(staging) / "notebook.ipynb"),
+                {**given, OUT_DIR: staging},
+                kernel_name="python3",
+                language="python",
+                progress_bar=False,
+                cwd=staging,
+            )
+            return
+        except papermill.PapermillExecutionError as error:
+            print(f"cell {error.exec_count}: {error.ename}: {' '.join(str(error.evalue).split())}")
+            sys.exit(1)
+        except RuntimeError as error:  # the kernel did not start, which happens now and then
+            if attempt == 2:
+                print(f"the kernel did not start: {error}")
+                sys.exit(1)
+
+
+class _Line:
+    """A line that is written over on a terminal; elsewhere only finished entries are printed."""
+
+    def __init__(self) -> None:
+        self.live, self.width = sys.stderr.isatty(), 0
+
+    def show(self, text: str) -> None:
+        if self.live:
+            print(f"\r{text:<{self.width}}", end="", file=sys.stderr, flush=True)
+            self.width = len(text)
+
+    def clear(self) -> None:
+        if self.live and self.width:
+            print(f"\r{'':<{self.width}}\r", end="", file=sys.stderr, flush=True)
+            self.width = 0
+
+    def say(self, text: str) -> None:
+        self.clear()
+        print(text, flush=True)
+
+
+def _clock(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02}"
+
+
+def _status(suite: Suite, entry: Entry) -> dict[str, Any]:
+    try:
+        return json.loads((suite.folder / entry.name / "status.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def _state(suite: Suite, entry: Entry, key: str) -> str:
+    """new, failed, changed or unchanged."""
+    found = _status(suite, entry)
+    if not found:
+        return "new"
+    if found["state"] != "ok":
+        return "failed"
+    return "unchanged" if found["key"] == key else "changed"
+
+
+def status(manifest: str | Path) -> str:
+    """The state of each entry as a table: name, state, time, reason."""
+    suite, platform = load_manifest(manifest), runs.platform_key()
+    rows = []
+    for e in suite.entries:
+        found = _status(suite, e)
+        rows.append((e.name, _state(suite, e, key(e, platform)), _clock(found["seconds"]) if found else "", found.get("reason") or ""))
+    return pd.DataFrame(rows, columns=["run", "state", "minutes", "reason"]).to_string(index=False)
+
+
+def new(manifest: str | Path) -> None:
+    """Write a manifest to start from.
+
+    Raises:
+        ConfigError: the file is there already, or its name is none.
+    """
+    file = Path(manifest)
+    require(file.suffix == ".toml" and re.fullmatch(r"[A-Za-z0-9._+-]+", file.stem) is not None, "manifest", manifest, "a name such as papermill_runs/mine.toml")
+    require(not file.exists(), "manifest", manifest, "a file that is not there yet")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(NEW.format(name=manifest), encoding="utf-8")
+    print(f"Wrote {file}.")
+
+
+def _without_bars(notebook: Any, staging: Path) -> Any:
+    """The executed notebook without progress lines and without the folder that it wrote to."""
+    notebook.metadata.pop("papermill", None)
+    for cell in notebook.cells:
+        cell.source = cell.source.replace(str(staging), "")
+        if cell.cell_type == "code":
+            cell.outputs = [o for o in cell.outputs if not (o.output_type == "stream" and o.name == "stderr")]
+    return notebook
+
+
+def _normalised(notebook: Any) -> Any:
+    """Without ids, times, widget state and everything else that differs between two equal executions."""
+    notebook.metadata = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}, "language_info": {"name": "python"}}
+    notebook.nbformat_minor = 4  # the last one without cell ids
+    for cell in notebook.cells:
+        cell.pop("id", None)
+        tags = cell.metadata.get("tags")
+        cell.metadata = {"tags": tags} if tags else {}
+        if cell.cell_type == "code":
+            for output in cell.outputs:
+                if "metadata" in output:
+                    output.metadata = {}
+                for kind in [k for k in output.get("data", {}) if "widget" in k]:
+                    del output.data[kind]
+    return notebook
+
+
+def publish(manifest: str | Path) -> None:
+    """Copy a whole, current suite for reading to `published/<suite>/`: normalised notebooks, figures, data, numbers.
+
+    Raises:
+        ConfigError: an entry is missing, failed or changed since; nothing is copied.
+    """
+    suite, platform = load_manifest(manifest), runs.platform_key()
+    stale = [f"{e.name} ({s})" for e in suite.entries if (s := _state(suite, e, key(e, platform))) != "unchanged"]
+    if stale:
+        raise ConfigError(f"{suite.name} is not whole: {', '.join(stale)}; run it first with: reconkit suite run {manifest}")
+    home = suite.folder.parent / PUBLISHED
+    home.mkdir(exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=".publish-", dir=home))
+    staging.chmod(0o755)
+    for e in suite.entries:
+        source, to = suite.folder / e.name, staging / e.name
+        to.mkdir()
+        nbformat.write(_normalised(_read(source / "notebook.ipynb")), to / "notebook.ipynb")
+        for part in ("figures", "data"):
+            if (source / part).is_dir():
+                shutil.copytree(source / part, to / part)
+        for file in ("metrics.json", "claims.json", "params.json"):
+            if (source / file).is_file():
+                shutil.copy(source / file, to / file)
+    _replace(staging, home / suite.name)
+    index(suite)
+    print(f"Published {len(suite.entries)} runs in {os.path.relpath(home / suite.name)}.")
+
+
+def compared(suite: Suite) -> pd.DataFrame:
+    """Every number of every run, yours beside the published one: run, metric, yours, published, difference, reproduced."""
+    rows = []
+    for e in suite.entries:
+        mine = _numbers(suite.folder / e.name / "metrics.json")
+        theirs = _numbers(suite.folder.parent / PUBLISHED / suite.name / e.name / "metrics.json")
+        for name in dict.fromkeys([*mine, *theirs]):
+            a, b = mine.get(name, math.nan), theirs.get(name, math.nan)
+            difference = (a - b) / abs(b) if b else (0.0 if a == b else math.nan)
+            judged = "" if name.startswith(TIMED) or difference != difference else "yes" if abs(difference) <= TOLERANCE else "no"
+            rows.append((e.name, name, a, b, difference, judged))
+    return pd.DataFrame(rows, columns=["run", "metric", "yours", "published", "difference", "reproduced"])
+
+
+def _numbers(file: Path) -> dict[str, float]:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def index(suite: Suite) -> None:
+    """Write `index.html` and `index.csv` of a suite: states, claims, figures, and every number beside the published one."""
+    numbers = compared(suite)
+    numbers.to_csv(suite.folder / "index.csv", index=False)
+    parts = []
+    for e in suite.entries:
+        found, folder = _status(suite, e), suite.folder / e.name
+        title = html.escape(e.name)
+        said = f"{found['state']}, {_clock(found['seconds'])} minutes" + (f": {found['reason']}" if found.get("reason") else "") if found else "not run yet"
+        link = f'<a href="{title}/notebook.ipynb">notebook</a>' if (folder / "notebook.ipynb").is_file() else ""
+        pictures = "".join(
+            f'<a href="{title}/figures/{html.escape(p.stem)}.svg"><img src="{title}/figures/{html.escape(p.name)}" alt="{html.escape(p.stem)}"></a>'
+            for p in sorted(folder.glob("figures/*.png"))
+        )
+        claims = _claims(folder / "claims.json")
+        own = numbers[numbers.run == e.name].drop(columns="run")
+        cells = ["{:.5g}".format, "{:.5g}".format, "{:+.1%}".format]
+        table = own.to_html(index=False, border=0, na_rep="", formatters=dict(zip(("yours", "published", "difference"), cells, strict=True))) if len(own) else ""
+        parts.append(f"<h2>{title}</h2><p>{html.escape(said)} {link}</p>{claims}<div>{pictures}</div><details><summary>{len(own)} numbers</summary>{table}</details>")
+    judged = numbers[numbers.reproduced != ""]
+    summary = f"{(judged.reproduced == 'yes').sum()} of {len(judged)} published numbers reproduced within {TOLERANCE:.0%}." if len(judged) else "Nothing is published to compare with yet."
+    partial = suite.folder / ".index.html"
+    partial.write_text(PAGE.format(name=html.escape(suite.name), summary=summary, body="\n".join(parts)), encoding="utf-8")
+    os.replace(partial, suite.folder / "index.html")
+
+
+def _claims(file: Path) -> str:
+    try:
+        return pd.DataFrame(json.loads(file.read_text(encoding="utf-8"))).to_html(index=False, border=0, escape=True)
+    except (OSError, ValueError):
+        return ""
+
+
+PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>reconkit: {name}</title>
+<style>
+body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 75rem; padding: 0 1rem; color: #222; }}
+table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 0.9rem; }}
+th, td {{ padding: 0.2rem 0.6rem; border-bottom: 1px solid #ddd; text-align: left; }}
+img {{ max-width: 32rem; max-height: 18rem; margin: 0.5rem 1rem 0.5rem 0; }}
+</style>
+</head>
+<body>
+<h1>{name}</h1>
+<p>{summary}</p>
+{body}
+</body>
+</html>
+"""
+
+if __name__ == "__main__":
+    _child(*sys.argv[1:])

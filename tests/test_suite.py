@@ -1,0 +1,218 @@
+"""Manifests are checked before anything starts; runs are whole or say why not; what is unchanged costs nothing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+
+from reconkit import suite
+from reconkit.config import ConfigError
+
+PARAMETERS = 'value: int = 2\nrate: float = 0.5\nword: str = "a"\nparts: list = [1]\nswitch: bool = False\nout_dir: str = ""'
+CODE = """import json, sys
+from pathlib import Path
+assert value < 100, f"{value} is too much"
+print("said", value)
+print("bar", 5 + 5, file=sys.stderr)
+if out_dir:
+    (Path(out_dir) / "metrics.json").write_text(json.dumps({"value": float(value), "seconds/x": 1.0}))
+    (Path(out_dir) / "figures").mkdir()
+    (Path(out_dir) / "figures" / "f.svg").write_text("<svg/>")"""
+
+
+def notebook(file: Path, parameters: str = PARAMETERS, code: str = CODE, text: str = "# Title") -> Path:
+    book = nbformat.v4.new_notebook()
+    book.cells = [
+        nbformat.v4.new_markdown_cell(text),
+        nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]}),
+        nbformat.v4.new_code_cell(code),
+    ]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    nbformat.write(book, file)
+    return file
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    """A project with two notebooks."""
+    notebook(tmp_path / "notebooks" / "00_one.ipynb")
+    notebook(tmp_path / "notebooks" / "01_two.ipynb", parameters='value: int = 3\nout_dir: str = ""')
+    (tmp_path / "papermill_runs").mkdir()
+    return tmp_path
+
+
+def manifest(home: Path, text: str = '[[run]]\nnotebook = "00_one"\n[[run]]\nnotebook = "01_two"\n', name: str = "mine") -> Path:
+    file = home / "papermill_runs" / f"{name}.toml"
+    file.write_text(text)
+    return file
+
+
+def test_a_manifest_becomes_entries(home: Path) -> None:
+    text = '[defaults]\nvalue = 7\nrate = 1\n[[run]]\nnotebook = "00_one"\nname = "a"\nminutes = 3\nalone = true\n[run.parameters]\nword = "b"\n[[run]]\nnotebook = "01_two"\n'
+    found = suite.load_manifest(manifest(home, text))
+    assert (found.name, found.folder) == ("mine", home / "papermill_runs" / "mine")
+    a, two = found.entries
+    assert (a.name, a.minutes, a.alone, a.parameters) == ("a", 3, True, {"value": 7, "rate": 1, "word": "b", "parts": [1], "switch": False})
+    assert (two.name, two.parameters) == ("01_two", {"value": 7})
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("[[run]\n", "not valid TOML.*line 1"),
+        ("", "one .*run.* or more"),
+        ('other = 1\n[[run]]\nnotebook = "00_one"\n', "other.*one of defaults, run"),
+        ('[[run]]\nnotebook = "02_none"\n', "02_none.*00_one, 01_two"),
+        ('[[run]]\nname = "a"\n', "notebook is None"),
+        ('[[run]]\nnotebook = "00_one"\ncolour = 1\n', "colour.*one of notebook, name"),
+        ('[[run]]\nnotebook = "00_one"\n[[run]]\nnotebook = "00_one"\n', "given to one run only"),
+        ('[[run]]\nnotebook = "00_one"\nname = "../a"\n', "fit for a folder"),
+        ('[[run]]\nnotebook = "00_one"\nminutes = -1\n', "positive"),
+        ('[[run]]\nnotebook = "00_one"\nalone = 1\n', "true or false"),
+        ('[[run]]\nnotebook = "00_one"\n[run.parameters]\nvalu = 1\n', "'valu'.*value, rate"),
+        ('[[run]]\nnotebook = "00_one"\n[run.parameters]\nvalue = 1.5\n', "a int, like 2"),
+        ('[[run]]\nnotebook = "00_one"\n[run.parameters]\nvalue = true\n', "a int, like 2"),
+        ('[[run]]\nnotebook = "00_one"\n[run.parameters]\nparts = "x"\n', "a list"),
+        ('[[run]]\nnotebook = "00_one"\n[run.parameters]\nout_dir = "x"\n', "out_dir"),
+        ('[defaults]\nnothing = 1\n[[run]]\nnotebook = "00_one"\n', "defaults is 'nothing'"),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_starts(home: Path, text: str, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(suite, "_start", None)
+    with pytest.raises(ConfigError, match=says):
+        suite.run(manifest(home, text))
+    assert not (home / "papermill_runs" / "mine").exists()
+
+
+@pytest.mark.parametrize(
+    ("parameters", "says"),
+    [("value = 1 + x\nout_dir = ''", "not NAME = LITERAL"), ("value = 1", "out_dir"), ("import os", "not NAME = LITERAL")],
+)
+def test_parameters_are_literals(home: Path, parameters: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        suite.parameters(notebook(home / "notebooks" / "00_one.ipynb", parameters))
+    (home / "notebooks" / "00_one.ipynb").write_text("{")
+    with pytest.raises(ConfigError, match="not a readable notebook"):
+        suite.parameters(home / "notebooks" / "00_one.ipynb")
+
+
+def test_a_missing_manifest_names_those_there_are(home: Path) -> None:
+    manifest(home)
+    with pytest.raises(ConfigError, match="mine.toml"):
+        suite.run(home / "papermill_runs" / "other.toml")
+
+
+def test_keys_follow_code_and_parameters_and_not_prose(home: Path) -> None:
+    def key(**values: Any) -> str:
+        file = notebook(home / "notebooks" / "00_one.ipynb", **{k: v for k, v in values.items() if k in ("code", "text")})
+        return suite.key(suite.Entry("a", file, {"value": values.get("value", 1)}), {"threads": values.get("threads", 2)})
+
+    assert key() == key(text="# Another title")
+    assert len({key(), key(code="1"), key(value=2), key(threads=4)}) == 4
+
+
+def test_a_suite_from_first_run_to_publication(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """One fails and the other is whole; the second time only what failed runs; then everything is published."""
+    file = manifest(home, '[[run]]\nnotebook = "00_one"\n[run.parameters]\nvalue = 500\n[[run]]\nnotebook = "01_two"\n')
+    folder = home / "papermill_runs" / "mine"
+    assert suite.run(file) == 1
+    said = capsys.readouterr().out
+    assert "00_one: failed (cell 3: AssertionError: 500 is too much)" in said and "01_two: ok" in said and "1 of 2 whole" in said
+    assert json.loads((folder / "00_one" / "status.json").read_text())["reason"].endswith("500 is too much")
+    assert "500 is too much" in (folder / "00_one" / "notebook.ipynb").read_text()
+    whole = folder / "01_two"
+    assert {p.name for p in whole.iterdir()} == {"notebook.ipynb", "params.json", "status.json", "env.json", "metrics.json", "figures"}
+    assert json.loads((whole / "params.json").read_text()) == {"value": 3}
+    text = (whole / "notebook.ipynb").read_text()
+    assert "said 3" in text and "bar 10" not in text and str(folder) not in text
+    assert not [p for p in folder.iterdir() if p.name.startswith(".")]
+    with pytest.raises(ConfigError, match=r"00_one \(failed\)"):
+        suite.publish(file)
+    manifest(home)
+    started: list[str] = []
+    real = suite._start
+    monkeypatch.setattr(suite, "_start", lambda s, e, jobs: started.append(e.name) or real(s, e, jobs))
+    assert suite.run(file) == 0 and started == ["00_one"]
+    assert suite.run(file) == 0 and suite.run(file, dry_run=True, force=True) == 0 and started == ["00_one"]
+    assert "run   00_one: 00_one.ipynb, value=2" in capsys.readouterr().out
+    suite.publish(file)
+    published = home / "papermill_runs" / "published" / "mine"
+    first = {p: p.read_bytes() for p in published.rglob("*") if p.is_file()}
+    assert {p.relative_to(published).as_posix() for p in first} >= {"00_one/notebook.ipynb", "00_one/figures/f.svg", "01_two/metrics.json"}
+    assert not any(b'"id"' in content or b"papermill" in content for p, content in first.items() if p.suffix == ".ipynb")
+    nbformat.validate(nbformat.read(published / "00_one" / "notebook.ipynb", as_version=4))
+    assert suite.run(file, only="01*", force=True) == 0 and started == ["00_one", "01_two"]
+    suite.publish(file)
+    assert {p: p.read_bytes() for p in published.rglob("*") if p.is_file()} == first, "two equal executions publish the same bytes"
+    shutil.copy(published / "00_one" / "metrics.json", whole / "metrics.json")  # 2 instead of the published 3
+    table = suite.compared(suite.load_manifest(file)).set_index(["run", "metric"])
+    assert table.loc[("00_one", "value"), "reproduced"] == "yes" and table.loc[("01_two", "value"), "reproduced"] == "no"
+    assert table.loc[("01_two", "value"), "difference"] == pytest.approx(-1 / 3) and table.loc[("00_one", "seconds/x"), "reproduced"] == ""
+    suite.index(suite.load_manifest(file))
+    page = (folder / "index.html").read_text()
+    assert "1 of 2 published numbers reproduced within 3%" in page and "-33.3%" in page
+    assert "unchanged" in suite.status(file)
+
+
+def test_an_interrupt_leaves_nothing_half_written(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    notebook(home / "notebooks" / "00_one.ipynb", code="import time; time.sleep(60)")
+    started: list[Any] = []
+    real = suite._start
+
+    def start(*args: Any) -> Any:
+        started.append(real(*args))
+        return started[-1]
+
+    def interrupt(self: Any, text: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(suite, "_start", start)
+    monkeypatch.setattr(suite._Line, "show", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        suite.run(manifest(home), only="00_one")
+    assert started[0].process.poll() is not None
+    assert list((home / "papermill_runs" / "mine").iterdir()) == []
+
+
+def test_alone_means_alone_and_others_run_together(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "".join(f'[[run]]\nnotebook = "01_two"\nname = "n{i}"\nalone = {str(i == 1).lower()}\n' for i in range(4))
+    going: list[str] = []
+    together: list[set[str]] = []
+
+    class Process:
+        returncode = 0
+
+        def __init__(self) -> None:
+            self.looks = 0
+
+        def poll(self) -> int | None:
+            self.looks += 1
+            return 0 if self.looks > 1 else None
+
+    def start(_: Any, entry: suite.Entry, jobs: int) -> Any:
+        going.append(entry.name)
+        together.append(set(going))
+        return suite._Running(entry, Process(), home, home, 0.0)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(suite, "_start", start)
+    monkeypatch.setattr(suite, "_finish", lambda s, r, key: going.remove(r.entry.name) or "ok")
+    monkeypatch.setattr(suite.time, "sleep", lambda _: None)
+    checked = suite.load_manifest(manifest(home, text))
+    suite._execute_all(checked, checked.entries, {e.name: "" for e in checked.entries}, jobs=2)
+    assert {"n0", "n2"} in together and all(len(t) == 1 for t in together if "n1" in t) and sum("n1" in t for t in together) == 1
+
+
+def test_new_writes_what_can_be_run_and_overwrites_nothing(home: Path) -> None:
+    file = home / "papermill_runs" / "fresh.toml"
+    suite.new(file)
+    notebook(home / "notebooks" / "00_start_here.ipynb", parameters='seed: int = 0\ncriterion: str = "x"\nsparsity: float = 0.5\nout_dir: str = ""')
+    assert suite.load_manifest(file).entries[0].parameters == {"seed": 0, "criterion": "wanda", "sparsity": 0.6}
+    with pytest.raises(ConfigError, match="not there yet"):
+        suite.new(file)
+    with pytest.raises(ConfigError, match="such as"):
+        suite.new(home / "no-suffix")
