@@ -34,7 +34,7 @@ PRUNE_FLAGS: dict[str, tuple[Any, str]] = {
     "precision": (str, f"of the reconstruction: {', '.join(PRECISIONS)}"),
     "early_stopping": (int, "stop a window after so many epochs without a lower held-out loss"),
 }
-CACHED = ("assets", "models", "runs")
+CACHED = ("assets", "models", "runs", "tasks", "text")
 
 
 class Parser(argparse.ArgumentParser):
@@ -77,6 +77,7 @@ def parser() -> Parser:
     top.add_argument("--version", action="version", version=f"reconkit {__version__}")
     words = top.add_subparsers(metavar="WORD", required=True)
     _prune_words(_word(words, "prune", prune, "prune a model and save it as a plain Hugging Face folder"))
+    _selfgen_words(_word(words, "selfgen", selfgen, "let the model write its own calibration text"))
     _evaluate_words(_word(words, "evaluate", evaluate, "measure a model: perplexity, zero-shot accuracy, speed, size"))
     _suite_words(words.add_parser("suite", help="run notebooks by papermill from a manifest"))
     _runs_words(words.add_parser("runs", help="look at the recorded runs"))
@@ -119,6 +120,15 @@ def _prune_words(word: argparse.ArgumentParser) -> None:
 def _machine_words(word: argparse.ArgumentParser) -> None:
     word.add_argument("--device", default=RunConfig.device, help="auto, cuda, mps or cpu; default: %(default)s")
     word.add_argument("--dtype", default=RunConfig.dtype, help="float32, bfloat16 or float16; default: %(default)s")
+
+
+def _selfgen_words(word: argparse.ArgumentParser) -> None:
+    word.add_argument("--model", required=True, help="smollm2-135m, tiny, a folder, a .gguf file or a hub id")
+    word.add_argument("--count", type=int, default=RunConfig.count, help="texts; default: %(default)s")
+    word.add_argument("--length", type=int, default=RunConfig.length, help="tokens in a text; default: %(default)s")
+    word.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    word.add_argument("--out", required=True, metavar="FILE.jsonl", help="for --extra of `reconkit prune`")
+    _machine_words(word)
 
 
 def _evaluate_words(word: argparse.ArgumentParser) -> None:
@@ -251,6 +261,21 @@ def _check_writable(path: Path) -> None:
     there = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
     require(there.is_dir() or there == path.absolute(), "--out", str(path), f"below a folder, and {there} is a file")
     require(os.access(there, os.W_OK), "--out", str(path), f"where you may write, and {there} is read-only")
+
+
+def selfgen(a: argparse.Namespace) -> None:
+    RunConfig(a.model, count=a.count, length=a.length, seed=a.seed, device=a.device, dtype=a.dtype)
+    require(a.out.endswith(".jsonl") and not Path(a.out).is_dir(), "--out", a.out, "a .jsonl file")
+    _check_models([a.model])
+    _check_writable(Path(a.out).parent)
+    import torch
+
+    from . import models
+    from . import selfgen as room
+
+    model, tokenizer = models.load_model(a.model, dtype=getattr(torch, a.dtype), device=a.device)
+    samples = room.self_generate(model, tokenizer, count=a.count, length=a.length, seed=a.seed)
+    print(f"Wrote {len(samples)} texts of {a.length} tokens to {room.write_jsonl(a.out, samples, tokenizer)}.")
 
 
 def evaluate(a: argparse.Namespace) -> None:

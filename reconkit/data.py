@@ -135,7 +135,7 @@ def task_data(task: str) -> Path:
     require(task in TASKS, "task", task, one_of(tuple(TASKS)))
     if found := _mirror(f"zeroshot/{TASKS[task]}.jsonl"):
         return found[0]
-    file = assets.cache_dir() / "tasks" / f"{TASKS[task]}.jsonl"
+    file = assets.cache_dir() / "tasks" / _made_by() / f"{TASKS[task]}.jsonl"
     if not file.is_file():
         _write(file, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in _task_records(task)))
     return file
@@ -370,7 +370,10 @@ def _prose(markup: str) -> str:
     text = re.sub(r"<!--.*?-->", "", markup, flags=re.S)
     text = re.sub(r"<ref\b[^<>]*/>|<(ref|math|gallery|timeline|source|code|score|imagemap)\b.*?</\1\s*>", "", text, flags=re.S | re.I)
     text = re.sub(r"\{\{\s*(?:convert|cvt)\|([^|{}]*)\|([^|{}]*)[^{}]*\}\}", r"\1 \2", text, flags=re.I)
-    text = re.sub(r"\{\{\s*(?:lang\|[^|{}]*|nowrap)\|([^|{}]*)\}\}", r"\1", text, flags=re.I)
+    text = re.sub(r"\{\{\s*(?:lang|transl)\|[^{}]*\|([^|{}\[\]]*)\}\}", r"\1", text, flags=re.I)
+    text = re.sub(r"\{\{\s*(?:nowrap|quote)\|([^|{}=\[\]]*)(?:\|[^{}]*)?\}\}", r"\1", text, flags=re.I)
+    text = re.sub(r"\{\{\s*(?:[mn]dash|snds?)\w?\s*\}\}", " – ", text, flags=re.I)
+    text = re.sub(r"\{\{\s*(?:nbsp|thinsp|·)\s*\}\}", " ", text, flags=re.I)
     text = _peel(r"\{\{[^{}]*\}\}|\{\|(?:(?!\{\||\|\}).)*\|\}", "", text)  # templates and tables
     text = re.sub(r"\[https?://\S+?(?:\s([^\]]*))?\]", r"\1", text)
     text = _peel(r"\[\[([^\[\]]*)\]\]", _shown, text)
@@ -407,8 +410,7 @@ def _line(line: str) -> str:
 
 def _pydocs() -> dict[str, str]:
     """Prose of the standard library's docstrings, module by module; kept, because parsing it takes seconds."""
-    # The sum of this source: text that another cleaning made is not taken for this one's.
-    file = assets.cache_dir() / "text" / f"pydocs-{platform.python_version()}-{_sum(Path(__file__).read_bytes())[:8]}.json"
+    file = assets.cache_dir() / "text" / _made_by() / f"pydocs-{platform.python_version()}.json"
     if not file.is_file():
         _write(file, json.dumps(_docstrings(), indent=0))
     return json.loads(file.read_text(encoding="utf-8"))
@@ -490,6 +492,11 @@ def _request_records(task: str, file: Path) -> Iterator[dict[str, Any]]:
 
 def _sum(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
+
+
+def _made_by() -> str:
+    """The beginning of this source's sum: what other code made is not taken for its own."""
+    return _file_sum(Path(__file__))[:8]
 
 
 def _file_sum(path: Path) -> str:

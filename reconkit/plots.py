@@ -33,7 +33,7 @@ ORDER = {
 "What a word's colour is counted from; words that are not here follow in their order of appearance."
 NAMES = {
     "block": "block",
-    "nmse": "NMSE (error relative to the dense stream)",
+    "nmse": "NMSE (share of the dense stream)",
     "mse": "MSE (mean square per scalar)",
     "sparsity": "sparsity (share of weights that are zero)",
     "epoch": "epoch",
@@ -157,7 +157,8 @@ def perplexity(data: pd.DataFrame, by: str, rows: str, dense: Mapping[str, float
             ax.errorbar(points.value, place, xerr=spread, fmt=look["marker"], color=look["color"], capsize=2, linewidth=1, label=NAMES.get(kind, kind))
         if dense is not None:
             ax.axvline(dense[corpus], color=INK, linewidth=1)
-            ax.annotate("dense", (dense[corpus], 1), xycoords=("data", "axes fraction"), xytext=(3, -9), textcoords="offset points", color=INK, fontsize=8)
+            place = {"xycoords": ("data", "axes fraction"), "xytext": (0, 2), "textcoords": "offset points"}
+            ax.annotate("dense", (dense[corpus], 1), **place, ha="center", color=INK, fontsize=8)
         _plain_log(ax, "x")
         ax.set_xlabel(f"perplexity on {corpus}")
         ax.set_yticks(range(len(words)), [NAMES.get(w, str(w)) for w in words])
@@ -188,9 +189,9 @@ def bars(data: pd.DataFrame, x: str, y: str, by: str, *, dense: float | None = N
 
 def masks(kept: Mapping[str, np.ndarray], rows: int = 48, columns: int = 96) -> np.ndarray:
     """The upper left corner of each mask (out, in): dark where a weight is kept."""
-    axes = _panels(len(kept), width=WIDTH * 0.95, height=2.3)
+    axes = _panels(len(kept), width=WIDTH * 0.9, height=1.9 if rows < columns else 2.6)
     for ax, (name, mask) in zip(axes, kept.items(), strict=True):
-        ax.imshow(np.asarray(mask)[:rows, :columns], cmap=ListedColormap(["#f2e2c0", COLOURS[2]]), interpolation="nearest", aspect="equal")
+        ax.imshow(np.asarray(mask, dtype=bool)[:rows, :columns], cmap=ListedColormap(["#f2e2c0", COLOURS[2]]), interpolation="nearest", aspect="equal")
         ax.set(title=NAMES.get(name, name), xlabel="input", ylabel="output" if ax is axes[0] else "")
         ax.grid(visible=False)
     return axes

@@ -60,6 +60,16 @@ class Run:
     cached: bool = False
     "It was there already."
 
+    @property
+    def perplexity(self) -> pd.DataFrame:
+        """corpus, value, low, high: one row a test corpus."""
+        return pd.DataFrame(self.record["evaluation"]["perplexity"], columns=["corpus", "value", "low", "high"])
+
+    @property
+    def final(self) -> pd.Series:
+        """The last block's NMSE by source."""
+        return self.errors[self.errors.block == self.errors.block.max()].set_index("source").nmse
+
 
 def run(run_config: RunConfig) -> Run:
     """The record of a run; what was computed before costs nothing.

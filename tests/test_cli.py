@@ -18,6 +18,7 @@ ROOT = Path(__file__).parent.parent
 TINY = ["--model", "tiny", "--corpus", "pydocs", "--count", "4", "--length", "32"]
 WORDS = {
     "prune": [],
+    "selfgen": [],
     "evaluate": [],
     "suite": ["run", "status", "publish", "new"],
     "runs": ["list", "show", "compare", "best", "tag", "export"],
@@ -93,6 +94,8 @@ def test_prune_has_the_defaults_of_its_configuration() -> None:
         (["runs", "show", "no-such-run"], "no-such-run"),
         (["runs", "compare", "no-such-run", "other"], "no-such-run"),
         (["watch", "no-such-run"], "no-such-run"),
+        (["selfgen", "--model", "tiny", "--out", "text.txt"], "a .jsonl file"),
+        (["selfgen", "--model", "tiny", "--out", "t.jsonl", "--length", "3"], "from 6 to"),
         (["data", "--clear", "everything"], "invalid choice"),
         (["suite", "run", "missing.toml"], "missing.toml"),
     ],
@@ -185,6 +188,14 @@ def test_prune_saves_a_model_that_transformers_loads(tmp_path: Path, capsys: pyt
     assert status("prune", *TINY, "--out", str(out)) == 2, "a second model never replaces the first"
 
 
+def test_selfgen_writes_text_that_prune_takes_as_extra(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "self.jsonl"
+    assert status("selfgen", "--model", "tiny", "--count", "2", "--length", "32", "--seed", "3", "--out", str(file)) == 0
+    assert len(file.read_text().splitlines()) == 2 and str(file) in capsys.readouterr().out
+    assert status("prune", *TINY, "--out", str(tmp_path / "out"), "--technique", "BR", "--epochs", "1", "--extra", str(file)) == 0
+    assert "extra" in capsys.readouterr().out
+
+
 def test_evaluate_writes_one_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "new" / "record.json"
     assert status("evaluate", "tiny", "--perplexity", "pydocs", "--count", "4", "--length", "32", "--out", str(out)) == 0
@@ -209,7 +220,8 @@ def two_runs() -> list[str]:
 def test_runs_words(two_runs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     dense, pruned = two_runs
     assert status("runs", "list") == 0
-    assert all(run in capsys.readouterr().out for run in two_runs)
+    said = capsys.readouterr().out
+    assert all(run in said for run in two_runs)
     assert status("runs", "tag", dense, "original") == 0
     capsys.readouterr()
     assert status("runs", "show", "original") == 0
