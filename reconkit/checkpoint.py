@@ -59,7 +59,8 @@ class Checkpoint:
             differs = [part for part in key if known.get(part) != key[part]]
             if differs:
                 raise ConfigError(
-                    f"checkpoint is {str(folder)!r}, begun with another {' and another '.join(differs)}; name an empty folder, or load and ask for the same again."
+                    f"checkpoint is {str(folder)!r}, begun with another {' and another '.join(differs)}; "
+                    "name an empty folder, or load and ask for the same again."
                 )
         path.mkdir(parents=True, exist_ok=True)
         _write(path / "key.json", json.dumps(key, indent=1).encode())

@@ -13,12 +13,11 @@ import os
 import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
 
 from . import __version__
-from .config import CRITERIA, LAYERS, PRECISIONS, TECHNIQUES, ConfigError, PruneConfig, RunConfig, one_of, require
+from .config import CRITERIA, LAYERS, PRECISIONS, TECHNIQUES, ConfigError, PruneConfig, RunConfig, require
 
 # Flag of `prune` → how its word is read, and its help; defaults are those of `PruneConfig`.
 PRUNE_FLAGS: dict[str, tuple[Any, str]] = {
@@ -102,13 +101,21 @@ def _prune_words(word: argparse.ArgumentParser) -> None:
     where = word.add_mutually_exclusive_group(required=True)
     where.add_argument("--out", metavar="DIR", help="new or empty folder for the pruned model")
     where.add_argument("--plan", action="store_true", help="print what would be done, and do nothing")
-    word.add_argument("--corpus", default=RunConfig.corpus, help="calibration text: wiki, news, pydocs, c4, wikitext2, ptb, a .txt or .jsonl file; default: %(default)s")
+    word.add_argument(
+        "--corpus",
+        default=RunConfig.corpus,
+        help="calibration text: wiki, news, pydocs, c4, wikitext2, ptb, a .txt or .jsonl file; default: %(default)s",
+    )
     word.add_argument("--count", type=int, default=RunConfig.count, help="calibration samples; default: %(default)s")
     word.add_argument("--length", type=int, default=RunConfig.length, help="tokens in a sample; default: %(default)s")
     for flag, (kind, text) in PRUNE_FLAGS.items():
         default = getattr(PruneConfig, flag)
-        word.add_argument(f"--{flag.replace('_', '-')}", type=kind, default=default, help=text + (f"; default: {default}" if default is not None else ""))
-    word.add_argument("--layers", nargs="+", default=[PruneConfig.layers], help=f"{', '.join(LAYERS)}, or name patterns such as 'mlp.*'; default: all")
+        word.add_argument(
+            f"--{flag.replace('_', '-')}", type=kind, default=default, help=text + (f"; default: {default}" if default is not None else "")
+        )
+    word.add_argument(
+        "--layers", nargs="+", default=[PruneConfig.layers], help=f"{', '.join(LAYERS)}, or name patterns such as 'mlp.*'; default: all"
+    )
     word.add_argument("--recompute", action="store_true", help="recompute activations in the backward pass: less memory, more time")
     word.add_argument("--seed", type=int, default=PruneConfig.seed, help="of the draw and the order of samples; default: %(default)s")
     word.add_argument("--extra", metavar="FILE.jsonl", help="text that only trains, such as `reconkit selfgen` writes")
@@ -184,9 +191,7 @@ def _runs_words(word: argparse.ArgumentParser) -> None:
 def prune(a: argparse.Namespace) -> None:
     layers = a.layers[0] if len(a.layers) == 1 and a.layers[0] in LAYERS else tuple(a.layers)
     config = PruneConfig(**{flag: getattr(a, flag) for flag in PRUNE_FLAGS}, layers=layers, recompute=a.recompute, seed=a.seed)
-    job = RunConfig(
-        a.model, a.corpus, a.count, a.length, tuple(a.held_out), config, extra=a.extra, seed=a.seed, device=a.device, dtype=a.dtype
-    )
+    job = RunConfig(a.model, a.corpus, a.count, a.length, tuple(a.held_out), config, extra=a.extra, seed=a.seed, device=a.device, dtype=a.dtype)
     _check_texts([a.corpus, *a.held_out, *([a.extra] if a.extra else [])])
     _check_models([a.model])
     if a.out:

@@ -108,9 +108,7 @@ class PruneConfig:
             object.__setattr__(self, "sparsity", 1 - nm[0] / nm[1])
         for name, value in [("sparsity", self.sparsity), *((f"layer_sparsity[{k}]", v) for k, v in self.layer_sparsity.items())]:
             require(_is_number(value) and 0 <= value < 1, name, value, "a number with 0 <= sparsity < 1")
-        require(
-            not (nm and self.layer_sparsity), "layer_sparsity", self.layer_sparsity, "empty when pattern is N:M, which sets the sparsity itself"
-        )
+        require(not (nm and self.layer_sparsity), "layer_sparsity", self.layer_sparsity, "empty when pattern is N:M, which sets the sparsity itself")
         parts = self.technique.split("+") if isinstance(self.technique, str) else []
         known = self.technique == "LR" or (parts[:1] == ["BR"] and set(parts) <= {"BR", "GP", "CR"} and len(set(parts)) == len(parts))
         require(known, "technique", self.technique, "LR, or BR followed by any of +GP and +CR, such as " + ", ".join(TECHNIQUES))
@@ -130,8 +128,18 @@ class PruneConfig:
         for name in ("learning_rate", "damping"):
             value = getattr(self, name)
             require(_is_number(value) and 0 < value < 1, name, value, "a number between 0 and 1")
-        require(self.gradient_clip is None or (_is_number(self.gradient_clip) and self.gradient_clip > 0), "gradient_clip", self.gradient_clip, "positive, or None")
-        require(self.micro_batch is None or self.micro_batch <= self.batch_size, "micro_batch", self.micro_batch, f"at most batch_size ({self.batch_size})")
+        require(
+            self.gradient_clip is None or (_is_number(self.gradient_clip) and self.gradient_clip > 0),
+            "gradient_clip",
+            self.gradient_clip,
+            "positive, or None",
+        )
+        require(
+            self.micro_batch is None or self.micro_batch <= self.batch_size,
+            "micro_batch",
+            self.micro_batch,
+            f"at most batch_size ({self.batch_size})",
+        )
         require(_is_int(self.seed, 0), "seed", self.seed, "a whole number of at least 0")
         width, overlap = self.window_blocks, self.overlap_blocks
         require(_is_int(overlap, 0) and overlap < width, "overlap", overlap, f"a whole number from 0 to window - 1 ({width - 1})")
@@ -143,7 +151,7 @@ class PruneConfig:
 
     @property
     def target_stream(self) -> str:
-        """"dense" or "sparse": the stream that enters the dense target (GP is the dense one)."""
+        """ "dense" or "sparse": the stream that enters the dense target (GP is the dense one)."""
         return self.target or ("dense" if "GP" in self.technique.split("+") else "sparse")
 
     @property

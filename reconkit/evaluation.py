@@ -114,7 +114,9 @@ def zero_shot(
     return pd.DataFrame(rows, columns=["task", "metric", "value", "stderr", "n", "difference", "low", "high"])
 
 
-def _answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[str], limit: int | None, seed: int) -> dict[str, list[float]]:
+def _answers(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[str], limit: int | None, seed: int
+) -> dict[str, list[float]]:
     """Whether each drawn item of each task was answered right."""
     try:
         import lm_eval.tasks
@@ -244,7 +246,15 @@ def evaluate(
         for corpus, samples in texts.items():
             nll = sequence_nll(model, samples, batch_size=batch_size)
             low, high = perplexity_interval(nll)
-            row = {"corpus": corpus, "split": split, "length": length, "tokens": samples[:, 1:].numel(), "value": math.exp(nll.mean()), "low": low, "high": high}
+            row = {
+                "corpus": corpus,
+                "split": split,
+                "length": length,
+                "tokens": samples[:, 1:].numel(),
+                "value": math.exp(nll.mean()),
+                "low": low,
+                "high": high,
+            }
             if against is not None:
                 ratio = perplexity_ratio(nll, sequence_nll(against, samples, batch_size=batch_size))
                 row |= dict(zip(("ratio", "ratio_low", "ratio_high"), ratio, strict=True))

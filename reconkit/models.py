@@ -73,9 +73,7 @@ def resolve_device(device: str = "auto") -> str:
     return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def load_model(
-    name: str, *, dtype: torch.dtype = torch.float32, device: str = "auto"
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_model(name: str, *, dtype: torch.dtype = torch.float32, device: str = "auto") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model in eval mode, and its tokenizer.
 
     Args:
@@ -227,7 +225,9 @@ def blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
         outer = [(n, m) for n, m in lists if not any(n.startswith(f"{other}.") for other, _ in lists)]
         found = [(n, m) for n, m in outer if len({type(b) for b in m}) == 1]
     if not found:
-        raise ConfigError(f"{type(model).__name__} has no list of decoder blocks (looked for {sorted(whole) or 'like modules'}), so it cannot be pruned.")
+        raise ConfigError(
+            f"{type(model).__name__} has no list of decoder blocks (looked for {sorted(whole) or 'like modules'}), so it cannot be pruned."
+        )
     return max(found, key=lambda pair: len(pair[1]))
 
 

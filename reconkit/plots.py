@@ -154,7 +154,9 @@ def perplexity(data: pd.DataFrame, by: str, rows: str, dense: Mapping[str, float
             points = part[part[by] == kind].set_index(rows).reindex(words)
             place = np.arange(len(words)) + shift
             spread = np.abs(np.stack([points.value - points.low, points.high - points.value]))
-            ax.errorbar(points.value, place, xerr=spread, fmt=look["marker"], color=look["color"], capsize=2, linewidth=1, label=NAMES.get(kind, kind))
+            ax.errorbar(
+                points.value, place, xerr=spread, fmt=look["marker"], color=look["color"], capsize=2, linewidth=1, label=NAMES.get(kind, kind)
+            )
         if dense is not None:
             ax.axvline(dense[corpus], color=INK, linewidth=1)
             place = {"xycoords": ("data", "axes fraction"), "xytext": (0, 2), "textcoords": "offset points"}
@@ -191,7 +193,9 @@ def masks(kept: Mapping[str, np.ndarray], rows: int = 48, columns: int = 96) -> 
     """The upper left corner of each mask (out, in): dark where a weight is kept."""
     axes = _panels(len(kept), width=WIDTH * 0.9, height=1.9 if rows < columns else 2.6)
     for ax, (name, mask) in zip(axes, kept.items(), strict=True):
-        ax.imshow(np.asarray(mask, dtype=bool)[:rows, :columns], cmap=ListedColormap(["#f2e2c0", COLOURS[2]]), interpolation="nearest", aspect="equal")
+        ax.imshow(
+            np.asarray(mask, dtype=bool)[:rows, :columns], cmap=ListedColormap(["#f2e2c0", COLOURS[2]]), interpolation="nearest", aspect="equal"
+        )
         ax.set(title=NAMES.get(name, name), xlabel="input", ylabel="output" if ax is axes[0] else "")
         ax.grid(visible=False)
     return axes
@@ -234,7 +238,13 @@ def _plain_log(ax: Axes, axis: str) -> None:
     plain = FuncFormatter(lambda value, _: f"{value:g}")
     which.set_major_formatter(plain)
     decades = np.log10(high / low)
-    which.set_minor_formatter(FuncFormatter(lambda v, _: f"{v:g}" if _first_digit(v) in (2, 5) else "") if 0.3 < decades < 2 else plain if decades <= 0.3 else NullFormatter())
+    which.set_minor_formatter(
+        FuncFormatter(lambda v, _: f"{v:g}" if _first_digit(v) in (2, 5) else "")
+        if 0.3 < decades < 2
+        else plain
+        if decades <= 0.3
+        else NullFormatter()
+    )
     which.set_tick_params(which="minor", labelsize=8)
 
 

@@ -31,7 +31,13 @@ class Progress:
         self.title, self.total, self.done, self.started = title, total, 0, time.time()
         terminal = sys.stderr.isatty()
         self.bar = tqdm(
-            total=total, desc=title, disable=not show, file=sys.stderr, leave=False, mininterval=0.2 if terminal else QUIET, ascii=None if terminal else True
+            total=total,
+            desc=title,
+            disable=not show,
+            file=sys.stderr,
+            leave=False,
+            mininterval=0.2 if terminal else QUIET,
+            ascii=None if terminal else True,
         )
         self.file = folder() / f"{os.getpid()}.json"
         self.written = 0.0

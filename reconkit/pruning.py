@@ -153,7 +153,8 @@ def _walk(
                 raise
             except torch.OutOfMemoryError as error:
                 raise RuntimeError(
-                    f"Out of GPU memory in blocks {_label(window)}; set micro_batch={max(1, (config.micro_batch or config.batch_size) // 2)} or recompute=True."
+                    f"Out of GPU memory in blocks {_label(window)}; "
+                    f"set micro_batch={max(1, (config.micro_batch or config.batch_size) // 2)} or recompute=True."
                 ) from error
         _advance(runner, walk, len(layers), config, found)
     return walk, found
@@ -387,7 +388,9 @@ def find(runner: Runner, ids: Tensor, config: PruneConfig) -> Found:
     for i, row in enumerate(views):
         for v in row:
             if nm and v.name in chosen and v.get().shape[1] % nm[1]:
-                raise ConfigError(f"pattern is {config.pattern!r}, but {name}.{i}.{v.name} has {v.get().shape[1]} inputs, which {nm[1]} does not divide.")
+                raise ConfigError(
+                    f"pattern is {config.pattern!r}, but {name}.{i}.{v.name} has {v.get().shape[1]} inputs, which {nm[1]} does not divide."
+                )
     notes = [f"Left dense inside the blocks: {', '.join(sorted(dense))}."] if dense else []
     return Found(name, views, groups, chosen, notes)
 

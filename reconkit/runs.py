@@ -32,7 +32,21 @@ from .config import ConfigError, RunConfig, from_dict, require, to_dict
 from .overfit import verdict
 from .reconstruct import resolve_precision
 
-ROOMS = ("assets", "checkpoint", "config", "criteria", "data", "evaluation", "models", "overfit", "pruning", "reconstruct", "runs", "selfgen", "streams")
+ROOMS = (
+    "assets",
+    "checkpoint",
+    "config",
+    "criteria",
+    "data",
+    "evaluation",
+    "models",
+    "overfit",
+    "pruning",
+    "reconstruct",
+    "runs",
+    "selfgen",
+    "streams",
+)
 "Sources that decide a number."
 LIBRARIES = ("torch", "transformers", "numpy", "tokenizers", "datasets", "lm_eval")
 NEEDED = 10**9  # free bytes without which no run begins
@@ -88,7 +102,11 @@ def run(run_config: RunConfig) -> Run:
         if not whole:
             free = shutil.disk_usage(folder).free
             if free < NEEDED:
-                raise OSError(28, f"a run needs {NEEDED / 1e9:.0f} GB for a while and {free / 1e9:.1f} GB are free; make room, or set RECONKIT_CACHE", str(folder))
+                raise OSError(
+                    28,
+                    f"a run needs {NEEDED / 1e9:.0f} GB for a while and {free / 1e9:.1f} GB are free; make room, or set RECONKIT_CACHE",
+                    str(folder),
+                )
             with tempfile.TemporaryDirectory(prefix=f".{id}-", dir=folder, ignore_cleanup_errors=True) as staging:
                 _compute(run_config, id, parts, Path(staging) / "new")
                 shutil.rmtree(folder / id, ignore_errors=True)
@@ -243,7 +261,14 @@ def history() -> pd.DataFrame:
     rows = []
     for r in _all():
         how = r.config.prune
-        facts = {"id": r.id, "created": r.record["created"], "tag": r.config.tag, "model": r.config.model, "corpus": r.config.corpus, "count": r.config.count}
+        facts = {
+            "id": r.id,
+            "created": r.record["created"],
+            "tag": r.config.tag,
+            "model": r.config.model,
+            "corpus": r.config.corpus,
+            "count": r.config.count,
+        }
         facts |= {"criterion": how and how.criterion, "technique": how.technique if how else "dense", "pattern": how and how.pattern}
         rows.append({**facts, "verdict": r.record["verdict"], **r.metrics})
     return pd.DataFrame(rows)

@@ -62,7 +62,9 @@ def self_generate(
             written += batch_size
             for sample, new in ((False, GREEDY), (True, length - GREEDY - 1)):
                 if len(ids):
-                    options = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if sample else {"temperature": None, "top_k": None, "top_p": None}
+                    options = (
+                        {"temperature": temperature, "top_k": 0, "top_p": 1.0} if sample else {"temperature": None, "top_k": None, "top_p": None}
+                    )
                     ids = model.generate(
                         ids,
                         attention_mask=torch.ones_like(ids),

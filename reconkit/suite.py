@@ -282,7 +282,13 @@ def _finish(suite: Suite, r: _Running, key: str) -> str:
         r.log.unlink()
         nbformat.write(_without_bars(_read(notebook), r.staging), notebook)
     (r.staging / "env.json").write_text(json.dumps(runs.environment(), indent=1) + "\n", encoding="utf-8")
-    facts = {"state": state, "reason": reason, "seconds": round(time.time() - r.started, 1), "key": key, "finished": time.strftime("%Y-%m-%dT%H:%M:%S")}
+    facts = {
+        "state": state,
+        "reason": reason,
+        "seconds": round(time.time() - r.started, 1),
+        "key": key,
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%S"),
+    }
     (r.staging / "status.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     _replace(r.staging, suite.folder / r.entry.name)
     return state if reason is None else f"{state} ({reason})"
@@ -391,7 +397,12 @@ def new(manifest: str | Path) -> None:
         ConfigError: the file is there already, or its name is none.
     """
     file = Path(manifest)
-    require(file.suffix == ".toml" and re.fullmatch(r"[A-Za-z0-9._+-]+", file.stem) is not None, "manifest", manifest, "a name such as papermill_runs/mine.toml")
+    require(
+        file.suffix == ".toml" and re.fullmatch(r"[A-Za-z0-9._+-]+", file.stem) is not None,
+        "manifest",
+        manifest,
+        "a name such as papermill_runs/mine.toml",
+    )
     require(not file.exists(), "manifest", manifest, "a file that is not there yet")
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(NEW.format(name=manifest), encoding="utf-8")
@@ -483,7 +494,11 @@ def index(suite: Suite) -> None:
     for e in suite.entries:
         found, folder = _status(suite, e), suite.folder / e.name
         title = html.escape(e.name)
-        said = f"{found['state']}, {_clock(found['seconds'])} minutes" + (f": {found['reason']}" if found.get("reason") else "") if found else "not run yet"
+        said = (
+            f"{found['state']}, {_clock(found['seconds'])} minutes" + (f": {found['reason']}" if found.get("reason") else "")
+            if found
+            else "not run yet"
+        )
         link = f'<a href="{title}/notebook.ipynb">notebook</a>' if (folder / "notebook.ipynb").is_file() else ""
         pictures = "".join(
             f'<a href="{title}/figures/{html.escape(p.stem)}.svg"><img src="{title}/figures/{html.escape(p.name)}" alt="{html.escape(p.stem)}"></a>'
@@ -492,10 +507,21 @@ def index(suite: Suite) -> None:
         claims = _claims(folder / "claims.json")
         own = numbers[numbers.run == e.name].drop(columns="run")
         cells = ["{:.5g}".format, "{:.5g}".format, "{:+.1%}".format]
-        table = own.to_html(index=False, border=0, na_rep="", formatters=dict(zip(("yours", "published", "difference"), cells, strict=True))) if len(own) else ""
-        parts.append(f"<h2>{title}</h2><p>{html.escape(said)} {link}</p>{claims}<div>{pictures}</div><details><summary>{len(own)} numbers</summary>{table}</details>")
+        table = (
+            own.to_html(index=False, border=0, na_rep="", formatters=dict(zip(("yours", "published", "difference"), cells, strict=True)))
+            if len(own)
+            else ""
+        )
+        parts.append(
+            f"<h2>{title}</h2><p>{html.escape(said)} {link}</p>{claims}<div>{pictures}</div>"
+            f"<details><summary>{len(own)} numbers</summary>{table}</details>"
+        )
     judged = numbers[numbers.reproduced != ""]
-    summary = f"{(judged.reproduced == 'yes').sum()} of {len(judged)} published numbers reproduced within {TOLERANCE:.0%}." if len(judged) else "Nothing is published to compare with yet."
+    summary = (
+        f"{(judged.reproduced == 'yes').sum()} of {len(judged)} published numbers reproduced within {TOLERANCE:.0%}."
+        if len(judged)
+        else "Nothing is published to compare with yet."
+    )
     partial = suite.folder / ".index.html"
     partial.write_text(PAGE.format(name=html.escape(suite.name), summary=summary, body="\n".join(parts)), encoding="utf-8")
     os.replace(partial, suite.folder / "index.html")

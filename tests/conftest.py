@@ -62,9 +62,12 @@ def no_assets() -> str:
         return "RECONKIT_ASSETS=0 asks for no test with the offline assets"
     have = [p.name for p in (users_cache() / "assets").glob("*") if p.is_dir()]
     missing = [wheel for wheel in WHEELS if not any(name.startswith(f"{wheel}-") for name in have)]
-    if missing and subprocess.run(
-        [sys.executable, "-m", "pip", "--retries", "1", "--timeout", "15", "index", "versions", missing[0]], capture_output=True, timeout=120
-    ).returncode:
+    if (
+        missing
+        and subprocess.run(
+            [sys.executable, "-m", "pip", "--retries", "1", "--timeout", "15", "index", "versions", missing[0]], capture_output=True, timeout=120
+        ).returncode
+    ):
         return f"the offline assets {', '.join(missing)} are not in the cache and no package index answers"
     return ""
 

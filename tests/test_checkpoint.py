@@ -100,7 +100,14 @@ def test_another_walk_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="another model"):
         pruning.prune(model, families.tokens(8, 16), config, held_out={"other": families.tokens(4, 16, 1)}, checkpoint=tmp_path, progress=False)
     with pytest.raises(ConfigError, match="another samples"):
-        pruning.prune(families.build("llama"), families.tokens(8, 16, 3), config, held_out={"other": families.tokens(4, 16, 1)}, checkpoint=tmp_path, progress=False)
+        pruning.prune(
+            families.build("llama"),
+            families.tokens(8, 16, 3),
+            config,
+            held_out={"other": families.tokens(4, 16, 1)},
+            checkpoint=tmp_path,
+            progress=False,
+        )
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:

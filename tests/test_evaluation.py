@@ -54,9 +54,7 @@ def test_too_short_sequences_are_refused(tiny: tuple) -> None:
 @pytest.fixture
 def questions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Thirty questions whose answer the tiny model cannot know."""
-    items = [
-        {"question": f"is {i} odd", "passage": f"{i} is a number.", "idx": i, "label": i % 2} for i in range(30)
-    ]
+    items = [{"question": f"is {i} odd", "passage": f"{i} is a number.", "idx": i, "label": i % 2} for i in range(30)]
     file = tmp_path / "boolq.jsonl"
     file.write_text("".join(json.dumps(item) + "\n" for item in items))
     monkeypatch.setattr(data, "task_data", lambda task: file)
@@ -107,9 +105,18 @@ def test_requests_and_scores_are_those_of_plain_lm_eval(tiny: tuple, data_mirror
 
     model, tokenizer = tiny
     file = str(data_mirror / "zeroshot" / "rte_validation.jsonl")
-    task = {"task": "rte", "dataset_path": "json", "dataset_name": None, "training_split": None, "dataset_kwargs": {"data_files": {"validation": file}}}
+    task = {
+        "task": "rte",
+        "dataset_path": "json",
+        "dataset_name": None,
+        "training_split": None,
+        "dataset_kwargs": {"data_files": {"validation": file}},
+    }
     plain = lm_eval.simple_evaluate(
-        model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4), tasks=[{"group": "g", "task": [task]}], task_manager=TaskManager(), bootstrap_iters=0
+        model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4),
+        tasks=[{"group": "g", "task": [task]}],
+        task_manager=TaskManager(),
+        bootstrap_iters=0,
     )
     [row] = evaluation.zero_shot(model, tokenizer, ["rte"]).to_dict("records")
     assert row["n"] == 277 and row["value"] == pytest.approx(plain["results"]["rte"]["acc,none"])

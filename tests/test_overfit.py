@@ -49,7 +49,9 @@ def test_without_held_out_samples_nothing_can_be_said() -> None:
 
 
 def test_a_dense_run_is_fine() -> None:
-    empty = SimpleNamespace(errors=pd.DataFrame(columns=["block", "source", "mse", "nmse"]), training=pd.DataFrame(columns=["window", "epoch", "source", "loss"]))
+    empty = SimpleNamespace(
+        errors=pd.DataFrame(columns=["block", "source", "mse", "nmse"]), training=pd.DataFrame(columns=["window", "epoch", "source", "loss"])
+    )
     assert overfit.verdict(empty) == ("fine", ["nothing was pruned"])
 
 

@@ -35,7 +35,8 @@ SIGNATURES = {
     "zero_shot": "model, tokenizer, tasks, *, limit=None, seed=0, against=None",
     "evaluate": "model, tokenizer, ...",
     "verdict": "run_or_result",
-    "RunConfig": "model, corpus, count, length, held_out=('wiki', 'news'), prune=PruneConfig(), evaluate=('perplexity',), tag=None, keep_model=False, ...",
+    "RunConfig": "model, corpus, count, length, held_out=('wiki', 'news'), prune=PruneConfig(), evaluate=('perplexity',), "
+    "tag=None, keep_model=False, ...",
     "run": "run_config",
 }
 MODULES = {"plots", "runs", "criteria", "evaluation", "overfit", "data", "models", "streams"}
@@ -113,7 +114,9 @@ def test_public_name_has_its_signature(name: str) -> None:
     by_name = {p.name: p for p in have}
     assert set(by_name) >= {p for p, *_ in want}
     if "..." in SIGNATURES[name]:
-        assert all(p.default is not p.empty or p.kind is p.VAR_KEYWORD for p in have if p.name not in {n for n, *_ in want}), "what follows has defaults"
+        assert all(p.default is not p.empty or p.kind is p.VAR_KEYWORD for p in have if p.name not in {n for n, *_ in want}), (
+            "what follows has defaults"
+        )
     else:
         assert [p.name for p in have] == [n for n, *_ in want]
     positional = [p.name for p in have if p.kind is p.POSITIONAL_OR_KEYWORD]
@@ -137,7 +140,8 @@ def test_public_names_are_listed_and_nothing_else() -> None:
 
 
 def test_importing_the_package_imports_no_heavy_library() -> None:
-    code = "import sys, reconkit; reconkit.ConfigError; print([m for m in ('torch', 'transformers', 'pandas', 'numpy', 'matplotlib') if m in sys.modules])"
+    heavy = ("torch", "transformers", "pandas", "numpy", "matplotlib")
+    code = f"import sys, reconkit; reconkit.ConfigError; print([m for m in {heavy} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
 
@@ -185,7 +189,9 @@ def test_notebooks_hold_no_outputs() -> None:
 def test_no_registry_host_is_written_anywhere() -> None:
     """Assets come from whatever index the reader's pip is set to."""
     hosts = re.compile("|".join([r"pypi\." + "org", "files" + r"\.pythonhosted", "download" + r"\.pytorch"]))
-    named = [f"{file.relative_to(ROOT)}" for file in tracked() if file.suffix not in (".png", ".svg") and hosts.search(file.read_text(errors="ignore"))]
+    named = [
+        f"{file.relative_to(ROOT)}" for file in tracked() if file.suffix not in (".png", ".svg") and hosts.search(file.read_text(errors="ignore"))
+    ]
     assert not named
 
 

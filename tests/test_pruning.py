@@ -49,6 +49,20 @@ def test_windows(width: int, overlap: int, expected: list[list[int]]) -> None:
     assert [list(w) for w in windows(4, width, overlap)] == expected
 
 
+def inputs_of(modules: dict[str, nn.Module], work: Any) -> dict[str, torch.Tensor]:
+    """What flows into each module (tokens, columns) while `work` runs."""
+    seen: dict[str, torch.Tensor] = {}
+
+    def watch(name: str) -> Any:
+        return modules[name].register_forward_pre_hook(lambda _, args: seen.__setitem__(name, args[0].detach().flatten(0, -2)))
+
+    handles = [watch(name) for name in modules]
+    work()
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
 @pytest.mark.parametrize("criterion", ["magnitude", "wanda", "sparsegpt"])
 def test_lr_equals_the_same_steps_by_hand(criterion: str) -> None:
     """Block by block: inputs from the pruned blocks before, one forward of the dense block, then all its matrices at once."""
@@ -59,12 +73,8 @@ def test_lr_equals_the_same_steps_by_hand(criterion: str) -> None:
     dense = sparse = runner.embed(samples(), 8)
     for i, block in enumerate(layers):
         dense = runner.advance([i], dense, 8)
-        inputs: dict[str, torch.Tensor] = {}
         linears = {n: m for n, m in block.named_modules() if isinstance(m, nn.Linear)}
-        handles = [m.register_forward_pre_hook(lambda _, a, n=n: inputs.__setitem__(n, a[0].detach().reshape(-1, a[0].shape[-1]))) for n, m in linears.items()]
-        runner.advance([i], sparse, 8)
-        for handle in handles:
-            handle.remove()
+        inputs = inputs_of(linears, lambda sparse=sparse, i=i: runner.advance([i], sparse, 8))
         for name, module in linears.items():
             w = module.weight.detach()
             if criterion == "magnitude":
@@ -98,7 +108,9 @@ def test_masked_weights_stay_zero_and_the_rest_is_untouched(technique: str, crit
         group = weight.shape[1] * weight.shape[0]
         assert int((weight == 0).sum()) == round(0.5 * group), view.name
     assert result.sparsity == 0.5
-    assert [(n, p.dtype, p.device, p.requires_grad) for n, p in model.named_parameters()] == [(n, p.dtype, p.device, p.requires_grad) for n, p in before.named_parameters()]
+    assert [(n, p.dtype, p.device, p.requires_grad) for n, p in model.named_parameters()] == [
+        (n, p.dtype, p.device, p.requires_grad) for n, p in before.named_parameters()
+    ]
     assert list(model.state_dict()) == list(before.state_dict()) and not model.training
     assert [type(m) for m in model.modules()] == [type(m) for m in before.modules()]
     assert not any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in model.modules())

@@ -105,7 +105,11 @@ def test_compare_sets_two_runs_side_by_side() -> None:
 
 def test_a_run_and_a_result_are_described_in_full() -> None:
     run = SimpleNamespace(
-        id="aaa", folder="cache/runs/aaa", config=RunConfig("tiny", prune=PruneConfig(criterion="wanda")), metrics={"sparsity": 0.5}, notes=["Kept dense."]
+        id="aaa",
+        folder="cache/runs/aaa",
+        config=RunConfig("tiny", prune=PruneConfig(criterion="wanda")),
+        metrics={"sparsity": 0.5},
+        notes=["Kept dense."],
     )
     said = report.describe(run)
     for text in ("aaa", "tiny", "prune.criterion", "wanda", "sparsity", "Kept dense."):
@@ -114,7 +118,9 @@ def test_a_run_and_a_result_are_described_in_full() -> None:
         {"block": [0, 0, 1, 1], "source": ["calibration", "wiki"] * 2, "mse": [1.0, 2.0, 3.0, 4.0], "nmse": [0.01, 0.02, 0.03, 0.04]}
     )
     training = pd.DataFrame(columns=["window", "epoch", "source", "loss"])
-    result = SimpleNamespace(errors=errors, training=training, sparsity=0.5, seconds=3725.0, peak_memory={"gpu": 0, "rss": 2_500_000_000}, notes=["A note."])
+    result = SimpleNamespace(
+        errors=errors, training=training, sparsity=0.5, seconds=3725.0, peak_memory={"gpu": 0, "rss": 2_500_000_000}, notes=["A note."]
+    )
     said = report.summary(result)
     for text in ("0.03", "0.04", "1:02:05", "2.5 GB rss", "verdict", "A note."):
         assert text in said

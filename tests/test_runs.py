@@ -19,7 +19,16 @@ from reconkit.config import ConfigError, PruneConfig, RunConfig
 
 
 def config(**values: Any) -> RunConfig:
-    small = {"model": "tiny", "corpus": "pydocs", "count": 4, "length": 32, "held_out": ("pydocs",), "held_out_count": 2, "test": ("pydocs",), "test_count": 4}
+    small = {
+        "model": "tiny",
+        "corpus": "pydocs",
+        "count": 4,
+        "length": 32,
+        "held_out": ("pydocs",),
+        "held_out_count": 2,
+        "test": ("pydocs",),
+        "test_count": 4,
+    }
     return RunConfig(**{**small, "prune": PruneConfig(technique="BR", epochs=1), **values})
 
 
@@ -32,7 +41,9 @@ def test_the_second_time_costs_nothing_and_says_the_same(monkeypatch: pytest.Mon
     assert second.config == config() and second.id == runs.fingerprint(config())
     assert list(first.errors.columns) == ["block", "source", "mse", "nmse"] and set(first.errors.source) == {"calibration", "pydocs"}
     assert first.training.window.tolist()[0] == "0" and first.metrics["sparsity"] == 0.5
-    assert {"perplexity/pydocs", "perplexity/pydocs/low", "nmse/pydocs", "mse/calibration", "seconds/prune", "memory/rss", "size/parameters"} <= set(first.metrics)
+    assert {"perplexity/pydocs", "perplexity/pydocs/low", "nmse/pydocs", "mse/calibration", "seconds/prune", "memory/rss", "size/parameters"} <= set(
+        first.metrics
+    )
 
 
 def test_the_same_configuration_gives_the_same_numbers(cache: Path) -> None:

@@ -53,7 +53,8 @@ def manifest(home: Path, text: str = '[[run]]\nnotebook = "00_one"\n[[run]]\nnot
 
 
 def test_a_manifest_becomes_entries(home: Path) -> None:
-    text = '[defaults]\nvalue = 7\nrate = 1\n[[run]]\nnotebook = "00_one"\nname = "a"\nminutes = 3\nalone = true\n[run.parameters]\nword = "b"\n[[run]]\nnotebook = "01_two"\n'
+    first = '[[run]]\nnotebook = "00_one"\nname = "a"\nminutes = 3\nalone = true\n[run.parameters]\nword = "b"\n'
+    text = f'[defaults]\nvalue = 7\nrate = 1\n{first}[[run]]\nnotebook = "01_two"\n'
     found = suite.load_manifest(manifest(home, text))
     assert (found.name, found.folder) == ("mine", home / "papermill_runs" / "mine")
     a, two = found.entries
