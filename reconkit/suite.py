@@ -229,6 +229,7 @@ def _execute_all(suite: Suite, todo: list[Entry], keys: Mapping[str, str], jobs:
     waiting, going, done = list(todo), [], 0
     estimates = {e.name: _status(suite, e).get("seconds") or 60 * e.minutes for e in todo}
     line = _Line()
+    terminated = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no kernel is left behind
     try:
         while waiting or going:
             free = [e for e in waiting if not going or not e.alone] if len(going) < jobs and not any(r.entry.alone for r in going) else []
@@ -246,6 +247,7 @@ def _execute_all(suite: Suite, todo: list[Entry], keys: Mapping[str, str], jobs:
                 state = _finish(suite, r, keys[r.entry.name])
                 line.say(f"[{done}/{len(todo)}] {r.entry.name}: {state} in {_clock(now - r.started)}")
     finally:
+        signal.signal(signal.SIGTERM, terminated)
         line.clear()
         for r in going:
             _kill(r.process)
