@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import psutil
 import torch
@@ -30,7 +33,7 @@ class Cost:
 def measure() -> Iterator[Cost]:
     """Time the block and watch its memory; the GPU's peak is reset first.
 
-    Memory that a process freed before may be taken again unseen, so peaks compare between processes of their own.
+    Memory that a process freed before may be taken again unseen: peaks that are to be compared are measured `apart`.
     """
     cost, process, done = Cost(), psutil.Process(), threading.Event()
     before = peak = process.memory_info().rss
@@ -57,3 +60,12 @@ def measure() -> Iterator[Cost]:
         done.set()
         watcher.join()
         cost.rss_bytes = max(peak, process.memory_info().rss) - before
+
+
+def apart(work: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """The result of `work` in a fresh process of its own, so that its peak memory owes nothing to what ran before.
+
+    `work`, its arguments and its result must be picklable, as `runs.run` and a configuration are.
+    """
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as fresh:
+        return fresh.submit(work, *args, **kwargs).result()

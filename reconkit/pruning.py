@@ -27,7 +27,7 @@ from .config import ConfigError, PruneConfig, nm_pattern
 from .models import WeightView, blocks, weight_views
 from .progress import Progress
 from .reconstruct import reconstruct, resolve_precision
-from .streams import InputTap, Runner, batches, error, storage_device
+from .streams import InputTap, Runner, batches, error, store
 
 FEW_TOKENS = 2  # an expert needs this many tokens per input column, else its mask is by magnitude
 
@@ -164,7 +164,7 @@ def _begin(runner: Runner, sources: dict[str, Tensor], config: PruneConfig, note
     embedded = {}
     for source, ids in sources.items():
         states = runner.embed(ids, config.batch_size)
-        embedded[source] = states.to(storage_device(states.device, 4 * states.nbytes * len(sources)))
+        embedded[source] = store(states, 4 * len(sources))  # two streams, the target and what is advanced
         if not torch.isfinite(states).all():
             raise FloatingPointError(f"There is NaN or infinity in the embeddings of {source}.")
     return Walk(position=0, sparse=embedded, dense={0: embedded}, notes=list(notes))

@@ -182,7 +182,7 @@ def resolve_precision(precision: str, device: str) -> str:
     have no units for it.
 
     Raises:
-        ConfigError: fp16 on a CPU, or bf16 on a GPU without it.
+        ConfigError: bf16 on a GPU that has no units for it.
     """
     kind = device.split(":")[0]
     if kind == "cuda":

@@ -91,7 +91,7 @@ class Runner:
         """All stored samples (N, T, H) through the blocks `indices`, batch by batch; stored where and as they were."""
         if not len(indices):
             return states
-        out = torch.empty_like(states)
+        out = torch.empty_like(states, pin_memory=states.is_pinned())
         for chosen, batch in batches(states, batch_size, self.device, self.dtype):
             out[chosen] = self.through(indices, batch, stand_in).to(out.device, out.dtype)
         return out
@@ -137,12 +137,13 @@ def batches(states: Tensor, batch_size: int, device: torch.device, dtype: torch.
         yield chosen, states[chosen].to(device, dtype, non_blocking=True)
 
 
-def storage_device(device: torch.device, needed: int) -> torch.device:
-    """Where streams of `needed` bytes live: on the GPU if they take at most half of what is free, else in RAM."""
-    if device.type != "cuda":
-        return device
-    free, _ = torch.cuda.mem_get_info(device)
-    return device if needed <= free // 2 else torch.device("cpu")
+def store(states: Tensor, streams: int) -> Tensor:
+    """`states` where they will live, `streams` of that size in all: on the GPU if they take at most half of what is free there, else
+    in pinned RAM."""
+    if states.device.type != "cuda":
+        return states
+    free, _ = torch.cuda.mem_get_info(states.device)
+    return states if streams * states.nbytes <= free // 2 else states.cpu().pin_memory()
 
 
 @torch.no_grad()

@@ -235,6 +235,20 @@ def test_layers_that_read_one_tensor_share_their_statistics(monkeypatch: pytest.
     assert len(made) == 3 * 4, "q/k/v, o, gate/up and down in each of three blocks"
 
 
+def test_shared_statistics_equal_separate_ones_to_the_bit() -> None:
+    model = families.build("llama")
+    _, layers = models.blocks(model)
+    runner = streams.Runner(model, layers)
+    states = runner.embed(samples(), 4)
+    group = [v for v in models.weight_views(layers[0])[0] if v.name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")]
+    apart = {v.name: criteria.Statistics(32, hessian=True) for v in group}
+    with torch.no_grad(), streams.InputTap(group, lambda view, x, _: apart[view.name].add(x.flatten(0, 1))):
+        for batch in states.split(4):
+            runner.call(0, batch)
+    q, k, v = apart.values()
+    assert q.count == samples().numel() and torch.equal(q.hessian, k.hessian) and torch.equal(q.hessian, v.hessian)
+
+
 @pytest.mark.parametrize("pattern", ["2:4", "4:8", "1:4"])
 @pytest.mark.parametrize("criterion", ["magnitude", "wanda", "sparsegpt"])
 def test_every_group_of_a_pattern_keeps_exactly_n(pattern: str, criterion: str) -> None:

@@ -78,7 +78,9 @@ def test_error_equals_its_twin_and_does_not_depend_on_the_batch() -> None:
 
 
 @pytest.mark.gpu
-def test_streams_that_do_not_fit_live_in_ram() -> None:
+def test_streams_that_do_not_fit_live_in_pinned_ram() -> None:
+    states = torch.ones(4, 8, 16, device="cuda")
     free, _ = torch.cuda.mem_get_info()
-    device = torch.device("cuda")
-    assert streams.storage_device(device, free).type == "cpu" and streams.storage_device(device, 1).type == "cuda"
+    away = streams.store(states, free)
+    assert away.is_pinned() and away.device.type == "cpu" and torch.equal(away, states.cpu())
+    assert streams.store(states, 2) is states

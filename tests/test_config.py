@@ -1,0 +1,93 @@
+"""Every knob is checked before work, by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import pytest
+
+from reconkit import config
+from reconkit.config import ConfigError, PruneConfig, RunConfig
+
+
+@pytest.mark.parametrize(
+    ("kind", "field", "value"),
+    [
+        *((PruneConfig, f, v) for f, v in [
+            ("criterion", "random"), ("pattern", "4:2"), ("pattern", "2/4"), ("pattern", 24), ("sparsity", 1.0),
+            ("sparsity", -0.1), ("sparsity", "half"),
+            ("technique", "GP"), ("technique", "BR+BR"), ("technique", "LR+GP"), ("technique", None),
+            ("layers", "heads"), ("layers", ()), ("epochs", -1),
+            ("epochs", 1.5), ("steps", 0), ("learning_rate", 0), ("learning_rate", 2), ("batch_size", 0), ("micro_batch", 9), ("precision", "int8"),
+            ("gradient_clip", 0), ("early_stopping", 0), ("damping", 0), ("column_block", 0), ("target", "both"), ("reconstruction_input", "none"),
+            ("statistics_input", None), ("window", 0), ("overlap", 1), ("seed", -1), ("seed", True),
+        ]),
+        *((RunConfig, f, v) for f, v in [
+            ("count", 0), ("length", 1), ("held_out_count", 0), ("test_count", 0), ("limit", 0), ("evaluate", ("beauty",)), ("prune", "BR"),
+            ("dtype", "int8"), ("device", "tpu"), ("seed", -1), ("self_generated", -1),
+        ]),
+    ],
+)  # fmt: skip
+def test_a_wrong_value_is_refused_by_the_name_of_its_field(kind: type, field: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=f"^{field} is .*must be"):
+        kind(**{field: value})
+
+
+def test_the_defaults_are_the_papers_setting() -> None:
+    c = PruneConfig()
+    assert (c.criterion, c.sparsity, c.epochs, c.learning_rate, c.batch_size, c.damping, c.column_block) == ("sparsegpt", 0.5, 10, 2e-4, 8, 0.01, 128)
+    assert c.gradient_clip is None and c.early_stopping is None and c.statistics_input == c.reconstruction_input == "sparse"
+
+
+@pytest.mark.parametrize(
+    ("technique", "expected"),
+    [
+        ("LR", (False, "sparse", 1, 0)), ("BR", (True, "sparse", 1, 0)), ("BR+GP", (True, "dense", 1, 0)), ("BR+CR", (True, "sparse", 2, 1)),
+        ("BR+GP+CR", (True, "dense", 2, 1)), ("BR+CR+GP", (True, "dense", 2, 1)),
+    ],
+)  # fmt: skip
+def test_a_technique_is_a_name_for_switches(technique: str, expected: tuple[Any, ...]) -> None:
+    c = PruneConfig(technique=technique)
+    assert (c.trains, c.target_stream, c.window_blocks, c.overlap_blocks) == expected
+
+
+def test_switches_go_before_the_name() -> None:
+    c = PruneConfig(technique="BR+GP+CR", target="sparse", window=3)
+    assert (c.target_stream, c.window_blocks, c.overlap_blocks) == ("sparse", 3, 0)
+
+
+def test_a_pattern_sets_the_sparsity_itself() -> None:
+    assert PruneConfig(pattern="2:4").sparsity == 0.5 and PruneConfig(pattern="1:4", sparsity=0.1).sparsity == 0.75
+    with pytest.raises(ConfigError, match="layer_sparsity"):
+        PruneConfig(pattern="2:4", layer_sparsity={"*": 0.3})
+
+
+def test_sparsity_by_layer_takes_the_first_pattern_that_matches() -> None:
+    c = PruneConfig(layer_sparsity={"*.3.*": 0.1, "*mlp*": 0.7})
+    assert [c.sparsity_of(n) for n in ("layers.3.mlp.up", "layers.2.mlp.up", "layers.2.attn.q")] == [0.1, 0.7, 0.5]
+    with pytest.raises(ConfigError, match=r"layer_sparsity\[x\]"):
+        PruneConfig(layer_sparsity={"x": 1})
+
+
+@pytest.mark.parametrize(
+    "made", [PruneConfig(layers=("mlp.*",), layer_sparsity={"a": 0.2}), RunConfig(prune=None), RunConfig(test="wiki", evaluate=())]
+)
+def test_plain_data_and_back(made: Any) -> None:
+    assert config.from_dict(type(made), json.loads(json.dumps(config.to_dict(made)))) == made
+
+
+def test_an_unknown_field_is_named_with_those_there_are() -> None:
+    with pytest.raises(ConfigError, match="sparisty.*sparsity"):
+        config.from_dict(PruneConfig, {"sparisty": 0.5})
+
+
+def test_every_field_is_documented() -> None:
+    import ast
+    import inspect
+
+    for kind in (PruneConfig, RunConfig):
+        body = ast.parse(inspect.getsource(kind)).body[0].body
+        documented = {a.target.id for a, b in zip(body, body[1:], strict=False) if isinstance(a, ast.AnnAssign) and isinstance(b, ast.Expr)}
+        assert documented == {f.name for f in dataclasses.fields(kind)}

@@ -1,0 +1,48 @@
+"""One bar, plain lines off a terminal, and the state that other processes read."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+
+import pytest
+
+from reconkit import progress
+
+
+def test_the_state_is_on_disk_while_it_runs_and_gone_afterwards() -> None:
+    with progress.Progress("BR wanda", 10, show=False) as bar:
+        bar.written = 0
+        bar.step(4, block=2, loss=0.25)
+        [file] = progress.folder().glob("*.json")
+        state = json.loads(file.read_text())
+        assert (state["done"], state["total"], state["block"], state["loss"]) == (4, 10, 2, 0.25)
+        assert state["seconds_left"] == pytest.approx((state["updated"] - state["started"]) / 4 * 6)
+    assert not list(progress.folder().glob("*"))
+
+
+def test_off_a_terminal_lines_are_plain_and_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    out = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", out)
+    with progress.Progress("LR", 1000) as bar:
+        for _ in range(1000):
+            bar.step()
+    said = out.getvalue()
+    assert said.count("LR") <= 3 and "\x1b" not in said and "█" not in said
+
+
+def test_nothing_is_shown_where_nothing_was_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    with progress.Progress("LR", 2, show=False) as bar:
+        bar.step(2)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_full_disk_does_not_end_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(progress.Path, "write_text", full)
+    with progress.Progress("LR", 2, show=False) as bar:
+        bar.step(2)
+    assert bar.done == 2
