@@ -6,6 +6,7 @@ lightness, in grey print; markers and dashes say the same once more.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,14 @@ def save(figure: Axes | Figure | np.ndarray, name: str, data: pd.DataFrame | Map
     canvas.savefig(Path(out_dir) / "figures" / f"{name}.png")
     canvas.savefig(Path(out_dir) / "figures" / f"{name}.svg", metadata={"Date": None})
     pd.DataFrame(data).to_csv(Path(out_dir) / "data" / f"{name}.csv", index=False)
+
+
+def as_svg(ax: Axes) -> str:
+    """The figure of `ax` as an <svg> element, for a page that needs no other file."""
+    out = io.StringIO()
+    ax.get_figure().savefig(out, format="svg", metadata={"Date": None})
+    plt.close(ax.get_figure())
+    return out.getvalue()[out.getvalue().index("<svg") :]
 
 
 def looks(by: str, words: Sequence[Any]) -> dict[Any, dict[str, Any]]:
@@ -186,6 +195,24 @@ def bars(data: pd.DataFrame, x: str, y: str, by: str, *, dense: float | None = N
     ax.set(xlabel="", ylabel=NAMES.get(y, y))
     ax.grid(axis="x", visible=False)
     ax.legend(title="", ncols=len(hues), loc="lower left", bbox_to_anchor=(0, 1))
+    return ax
+
+
+def error_and_perplexity(history: pd.DataFrame, error: str, perplexity: str) -> Axes:
+    """Each recorded run at its final error and its perplexity, coloured by technique, its criterion as the marker.
+
+    Args:
+        history: `runs.history()`; `error` and `perplexity` are columns of it.
+    """
+    ax = _panels(1, width=1.5 * WIDTH)[0]
+    techniques, criteria = looks("technique", list(history.technique.unique())), looks("criterion", list(history.criterion.unique()))
+    for (technique, criterion), part in history.groupby(["technique", "criterion"], sort=False):
+        look = {"color": techniques[technique]["color"], "marker": criteria[criterion]["marker"]}
+        ax.plot(part[error], part[perplexity], linestyle="none", **look, label=f"{NAMES.get(criterion, criterion)} {technique}")
+    ax.set(xlabel=f"final {error.replace('/', ', ')}", ylabel=perplexity.replace("/", " on "))
+    _plain_log(ax, "x")
+    _plain_log(ax, "y")
+    ax.legend(fontsize=7.5, loc="center left", bbox_to_anchor=(1, 0.5))
     return ax
 
 

@@ -105,8 +105,16 @@ def show(value: Any) -> str:
 
 
 def _figure(history: DataFrame) -> str:
-    """Perplexity against reconstruction error over all runs, inline."""
-    return ""
+    """Perplexity against the final error of all pruned runs, inline; nothing where no two runs have both."""
+    perplexities = [c for c in history.columns if str(c).startswith("perplexity/") and not str(c).endswith(BOUNDS)]
+    if not perplexities or "nmse/calibration" not in history or "criterion" not in history:
+        return ""
+    shown = history.dropna(subset=["nmse/calibration", perplexities[0], "criterion", "technique"])
+    if len(shown) < 2:
+        return ""
+    from . import plots
+
+    return f"<figure>{plots.as_svg(plots.error_and_perplexity(shown, 'nmse/calibration', perplexities[0]))}</figure>"
 
 
 def compare(first: Any, second: Any) -> DataFrame:

@@ -69,6 +69,14 @@ def test_page_is_whole_escaped_and_needs_no_network(history: pd.DataFrame, tmp_p
     assert "42.12" in page.cells and "0.104" in page.cells and "nan" not in page.cells and "None" not in page.cells
 
 
+def test_the_page_shows_error_against_perplexity_of_the_pruned_runs(history: pd.DataFrame, tmp_path: Path) -> None:
+    assert "<figure>" not in report.page(history), "without criteria there is nothing to draw"
+    drawn = report.page(history.assign(criterion=["wanda", "sparsegpt", None]))
+    page = Page(drawn)
+    assert page.tags.count("svg") == 1 and "Wanda LR" in drawn and "SparseGPT BR+GP" in drawn
+    assert not [link for link in page.links if not link.startswith(("#", "data:"))]
+
+
 def test_no_history_writes_no_page(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(report.runs, "history", lambda: pd.DataFrame())
     assert report.report(tmp_path / "page.html") is None
