@@ -218,7 +218,7 @@ def error_and_perplexity(history: pd.DataFrame, error: str, perplexity: str) -> 
 
 def masks(kept: Mapping[str, np.ndarray], rows: int = 48, columns: int = 96) -> np.ndarray:
     """The upper left corner of each mask (out, in): dark where a weight is kept."""
-    axes = _panels(len(kept), width=WIDTH * 0.9, height=1.9 if rows < columns else 2.6)
+    axes = _panels(len(kept), width=WIDTH * 0.9, height=2.5)
     for ax, (name, mask) in zip(axes, kept.items(), strict=True):
         ax.imshow(
             np.asarray(mask, dtype=bool)[:rows, :columns], cmap=ListedColormap(["#f2e2c0", COLOURS[2]]), interpolation="nearest", aspect="equal"
