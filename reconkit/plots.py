@@ -175,19 +175,19 @@ def perplexity(data: pd.DataFrame, by: str, rows: str, dense: Mapping[str, float
         ax.set_yticks(range(len(words)), [NAMES.get(w, str(w)) for w in words])
         ax.margins(y=0.12)
     axes[0].invert_yaxis()
-    if len(kinds) > 1:
+    if len(kinds) > 1 and by != rows:
         axes[0].get_figure().legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(kinds))
     return axes
 
 
 def bars(data: pd.DataFrame, x: str, y: str, by: str, *, dense: float | None = None, ax: Axes | None = None) -> Axes:
     """A bar for each word in `by` beside each other at every word in `x`, with its value above it."""
-    ax = ax or _panels(1, width=1.5 * WIDTH)[0]
+    ax = ax or _panels(1, width=max(1.5 * WIDTH, 1.15 * data[x].nunique()))[0]
     kinds = looks(by, list(data[by].unique()))
     order, hues = _sorted(x, data[x].unique()), _sorted(by, data[by].unique())
     sns.barplot(data, x=x, y=y, hue=by, order=order, hue_order=hues, palette={k: v["color"] for k, v in kinds.items()}, saturation=1, ax=ax)
     for container in ax.containers:
-        ax.bar_label(container, fmt="%.3g", fontsize=7.5, padding=1)
+        ax.bar_label(container, fmt=lambda v: f"{v:,.0f}" if v >= 1000 else f"{v:.3g}", fontsize=7.5, padding=1)
     if dense is not None:
         ax.axhline(dense, color=INK, linewidth=1)
         ax.annotate("dense", (0, dense), xycoords=("axes fraction", "data"), xytext=(2, 2), textcoords="offset points", fontsize=8)
@@ -267,9 +267,9 @@ def _plain_log(ax: Axes, axis: str) -> None:
     decades = np.log10(high / low)
     which.set_minor_formatter(
         FuncFormatter(lambda v, _: f"{v:g}" if _first_digit(v) in (2, 5) else "")
-        if 0.3 < decades < 2
+        if 0.7 < decades < 2
         else plain
-        if decades <= 0.3
+        if decades <= 0.7
         else NullFormatter()
     )
     which.set_tick_params(which="minor", labelsize=8)
