@@ -417,8 +417,12 @@ def _without_bars(notebook: Any, staging: Path) -> Any:
     for cell in notebook.cells:
         cell.source = cell.source.replace(str(staging), "")
         if cell.cell_type == "code":
-            cell.outputs = [o for o in cell.outputs if not (o.output_type == "stream" and o.name == "stderr")]
+            cell.outputs = [o for o in cell.outputs if not (o.output_type == "stream" and o.name == "stderr") and not _is_widget(o)]
     return notebook
+
+
+def _is_widget(output: Any) -> bool:
+    return any("widget" in kind for kind in output.get("data", {}))
 
 
 def _normalised(notebook: Any) -> Any:
@@ -433,8 +437,9 @@ def _normalised(notebook: Any) -> Any:
             for output in cell.outputs:
                 if "metadata" in output:
                     output.metadata = {}
-                for kind in [k for k in output.get("data", {}) if "widget" in k]:
-                    del output.data[kind]
+                for kind, text in output.get("data", {}).items():
+                    if kind in ("text/html", "text/plain"):  # ids that pandas draws for its tables, and addresses
+                        output.data[kind] = re.sub(r" at 0x[0-9a-f]+", "", re.sub(r"\bT_[0-9a-f]{5}", "T_0", text))
     return notebook
 
 

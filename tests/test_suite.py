@@ -19,6 +19,10 @@ from pathlib import Path
 assert value < 100, f"{value} is too much"
 print("said", value)
 print("bar", 5 + 5, file=sys.stderr)
+import pandas as pd
+from IPython.display import display
+display(pd.DataFrame({"a": [1]}).style)
+display({"text/plain": "a bar " + str(7 * 6), "application/vnd.jupyter.widget-view+json": {}}, raw=True)
 if out_dir:
     (Path(out_dir) / "metrics.json").write_text(json.dumps({"value": float(value), "seconds/x": 1.0}))
     (Path(out_dir) / "figures").mkdir()
@@ -130,7 +134,7 @@ def test_a_suite_from_first_run_to_publication(home: Path, monkeypatch: pytest.M
     assert {p.name for p in whole.iterdir()} == {"notebook.ipynb", "params.json", "status.json", "env.json", "metrics.json", "figures"}
     assert json.loads((whole / "params.json").read_text()) == {"value": 3}
     text = (whole / "notebook.ipynb").read_text()
-    assert "said 3" in text and "bar 10" not in text and str(folder) not in text
+    assert "said 3" in text and "bar 10" not in text and "a bar 42" not in text and str(folder) not in text
     assert not [p for p in folder.iterdir() if p.name.startswith(".")]
     with pytest.raises(ConfigError, match=r"00_one \(failed\)"):
         suite.publish(file)
