@@ -308,7 +308,8 @@ def _replace(new: Path, folder: Path) -> None:
 def _kill(process: subprocess.Popen[bytes]) -> None:
     """The notebook's process and the kernel that it started."""
     try:
-        os.killpg(process.pid, signal.SIGTERM)
+        if hasattr(os, "killpg"):
+            os.killpg(process.pid, signal.SIGTERM)
         process.wait(timeout=5)
     except (ProcessLookupError, subprocess.TimeoutExpired):
         process.kill()
