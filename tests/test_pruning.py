@@ -120,6 +120,7 @@ def test_masked_weights_stay_zero_and_the_rest_is_untouched(technique: str, crit
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved").eval()
     with torch.no_grad():
         assert torch.equal(loaded(samples()).logits, model(samples()).logits)
+    assert all(int((v.get() == 0).sum()) == round(0.5 * v.get().numel()) for v in views(loaded)), "in the saved folder too"
 
 
 def test_norms_and_biases_are_trained_too() -> None:

@@ -128,6 +128,34 @@ def test_bf16_products_train_fp32_weights() -> None:
     assert not torch.equal(flat(plain), flat(half)) and torch.allclose(flat(plain), flat(half), atol=0.05)
 
 
+def test_fp16_steps_that_overflow_are_skipped_and_not_counted_by_the_schedule(monkeypatch: pytest.MonkeyPatch) -> None:
+    rates: list[float] = []
+    real = torch.optim.AdamW.step
+
+    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        rates.append(self.param_groups[0]["lr"])
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    x, y = pairs()
+    module = window()
+    result = train(module, precision="fp16", steps=8, training={"calibration": (x, 300 * y)})
+    skipped, taken = result.skipped, 8 - result.skipped  # the scale starts high, so the skipped steps come first
+    assert 0 < skipped < 8
+    assert rates == pytest.approx([0.01] * skipped + [0.01 * (1 - i / 8) for i in range(taken)])
+    assert torch.isfinite(flat(module)).all()
+
+
+def test_fp16_gradients_are_unscaled_before_they_are_clipped() -> None:
+    moved = []
+    for precision in ("fp32", "fp16"):
+        module = window()
+        before = flat(module)
+        train(module, precision=precision, steps=1, gradient_clip=1e-3)
+        moved.append(flat(module) - before)
+    assert torch.nn.functional.cosine_similarity(*moved, dim=0) > 0.95 and moved[1].norm() == pytest.approx(moved[0].norm().item(), rel=0.1)
+
+
 def test_an_infinite_loss_stops_with_window_and_epoch() -> None:
     x, y = pairs()
     with pytest.raises(FloatingPointError, match="calibration of block 7 is .* in epoch 0"):
