@@ -255,6 +255,13 @@ def _check_texts(names: Sequence[str]) -> None:
         check_corpus(name)
 
 
+def _check_tasks(names: Sequence[str]) -> None:
+    if names:
+        from .evaluation import check_tasks
+
+        check_tasks(names)
+
+
 def _check_folder(folder: Path) -> None:
     """A folder that can be made, or an empty one that can be written."""
     empty = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
@@ -287,6 +294,7 @@ def evaluate(a: argparse.Namespace) -> None:
     RunConfig(a.model, count=a.count or 1, length=a.length, limit=a.limit or None, seed=a.seed, device=a.device, dtype=a.dtype)
     _check_models([a.model, *([a.against] if a.against else [])])
     _check_texts(a.perplexity)
+    _check_tasks(a.tasks)
     if a.out:
         require(not Path(a.out).is_dir(), "--out", a.out, "a file")
         _check_writable(Path(a.out).parent)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.util
 import io
 import json
 import logging
 import math
+import os
 import random
 import statistics
 import tempfile
@@ -16,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
@@ -53,24 +56,41 @@ def sequence_nll(model: PreTrainedModel, samples: Tensor, *, batch_size: int = 8
 
 def perplexity(model: PreTrainedModel, samples: Tensor, *, batch_size: int = 8) -> float:
     """exp of the mean −log p over all predicted tokens of `samples` (N, T)."""
-    return math.exp(sequence_nll(model, samples, batch_size=batch_size).mean())
+    return _exp(float(sequence_nll(model, samples, batch_size=batch_size).mean()))
 
 
 def perplexity_interval(nll: Tensor) -> tuple[float, float]:
     """95 % interval of the perplexity from the spread over sequences, (N,) → (low, high)."""
     mean, error = float(nll.mean()), _standard_error(nll)
-    return math.exp(mean - Z95 * error), math.exp(mean + Z95 * error)
+    return _exp(mean - Z95 * error), _exp(mean + Z95 * error)
 
 
 def perplexity_ratio(nll: Tensor, against: Tensor) -> tuple[float, float, float]:
     """Perplexity over another model's on the same sequences, and its paired 95 % interval: (ratio, low, high)."""
     difference = nll - against
     mean, error = float(difference.mean()), _standard_error(difference)
-    return math.exp(mean), math.exp(mean - Z95 * error), math.exp(mean + Z95 * error)
+    return _exp(mean), _exp(mean - Z95 * error), _exp(mean + Z95 * error)
+
+
+def _exp(value: float) -> float:
+    """Infinite where `math.exp` raises: a model that is broken has a perplexity, too."""
+    return float(torch.tensor(value, dtype=torch.float64).exp())
 
 
 def _standard_error(values: Tensor) -> float:
     return float(values.double().std() / math.sqrt(len(values))) if len(values) > 1 else math.inf
+
+
+def check_tasks(tasks: Sequence[str]) -> None:
+    """Whether these can be asked here, without asking anything.
+
+    Raises:
+        ConfigError: an unknown task, or lm-eval is not installed.
+    """
+    for task in tasks:
+        require(task in data.TASKS, "task", task, one_of(tuple(data.TASKS)))
+    if tasks and importlib.util.find_spec("lm_eval") is None:
+        raise ConfigError("Zero-shot tasks need lm-eval; install it with: pip install 'reconkit[eval]'.")
 
 
 def zero_shot(
@@ -95,10 +115,10 @@ def zero_shot(
         or of the value where nothing is compared.
 
     Raises:
-        ConfigError: an unknown task, or lm-eval is not installed.
+        ConfigError: an unknown task, `limit` below 1, or lm-eval is not installed.
     """
-    for task in tasks:
-        require(task in data.TASKS, "task", task, one_of(tuple(data.TASKS)))
+    check_tasks(tasks)
+    require(limit is None or limit >= 1, "limit", limit, "a whole number of at least 1, or None for all")
     answers = _answers(model, tokenizer, tasks, limit, seed)
     others = _answers(against, tokenizer, tasks, limit, seed) if against is not None else None
     rows = []
@@ -118,11 +138,9 @@ def _answers(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[str], limit: int | None, seed: int
 ) -> dict[str, list[float]]:
     """Whether each drawn item of each task was answered right."""
-    try:
-        import lm_eval.tasks
-        from lm_eval.models.huggingface import HFLM
-    except ImportError:
-        raise ConfigError("Zero-shot tasks need lm-eval; install it with: pip install 'reconkit[eval]'.") from None
+    import lm_eval.tasks
+    from lm_eval.models.huggingface import HFLM
+
     folders = [str(Path(lm_eval.tasks.__path__[0]) / folder) for folder in DEFINITIONS]
     with tempfile.TemporaryDirectory() as scratch, _quiet():
         members = []
@@ -146,7 +164,7 @@ def _answers(
 
 def _draw(source: Path, to: Path, limit: int | None, seed: int) -> Path:
     """A seeded draw of `limit` items, in their order, as a file of its own."""
-    items = source.read_text(encoding="utf-8").splitlines()
+    items = source.read_text(encoding="utf-8").removesuffix("\n").split("\n")  # JSON strings may hold other line separators
     if limit is not None and limit < len(items):
         items = [items[i] for i in sorted(random.Random(seed).sample(range(len(items)), limit))]
     to.write_text("\n".join(items) + "\n", encoding="utf-8")
@@ -158,10 +176,17 @@ def _quiet() -> Iterator[None]:
     """Without lm-eval's and datasets' logging and bars, and with the random state as it was."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
+    python, numpy, stderr = random.getstate(), np.random.get_state(), os.dup(2)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)  # lm-eval asks git for a version, and git writes past sys.stderr
     try:
         with torch.random.fork_rng(), contextlib.redirect_stderr(io.StringIO()):
             yield
     finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        random.setstate(python)
+        np.random.set_state(numpy)
         logging.disable(level)
 
 
@@ -172,17 +197,15 @@ def speed(model: PreTrainedModel, *, length: int = 128, tokens: int = 32, repeat
     Compare only figures of one machine measured side by side.
     """
     prompt = torch.full((1, length), 5, device=model.device)
+
+    def generate(new: int) -> Tensor:
+        return model.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, min_new_tokens=new, max_new_tokens=new, pad_token_id=0)
+
+    # Reading is writing one token: a plain forward would also compute the logits of the whole prompt, which generation never does.
     reading, writing = [], []
     for _ in range(repeats + 1):
-        reading.append(_timed(lambda: model(input_ids=prompt, use_cache=False), model.device))
-        writing.append(
-            _timed(
-                lambda: model.generate(
-                    prompt, attention_mask=torch.ones_like(prompt), do_sample=False, min_new_tokens=tokens, max_new_tokens=tokens, pad_token_id=0
-                ),
-                model.device,
-            )
-        )
+        reading.append(_timed(lambda: generate(1), model.device))
+        writing.append(_timed(lambda: generate(tokens), model.device))
     read, write = statistics.median(reading[1:]), statistics.median(writing[1:])
     return {"prefill_tokens_per_second": length / read, "decode_tokens_per_second": (tokens - 1) / max(write - read, 1e-9)}
 
@@ -240,6 +263,7 @@ def evaluate(
         ratio_high with `against`; zero_shot: rows; speed: dict or None; size: dict; cost: seconds and peak memory;
         fingerprint: what decides these figures, the weights included.
     """
+    check_tasks(tasks)
     texts = {corpus: data.load_samples(corpus, tokenizer, count=count, length=length, split=split, seed=seed) for corpus in perplexity}
     with cost.measure() as used:
         rows = []
@@ -251,7 +275,7 @@ def evaluate(
                 "split": split,
                 "length": length,
                 "tokens": samples[:, 1:].numel(),
-                "value": math.exp(nll.mean()),
+                "value": _exp(float(nll.mean())),
                 "low": low,
                 "high": high,
             }

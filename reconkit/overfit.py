@@ -50,6 +50,10 @@ def verdict(run_or_result: Any) -> tuple[str, list[str]]:
     if table.empty:
         return "watch", ["no held-out samples were measured, so nothing can be said"]
     final = table[table.block == table.block.max()]
+    if final[["nmse", "calibration"]].isna().any(axis=None):
+        return "watch", ["the final error is not a number, so nothing can be said"]
+    if (final.nmse == 0).all():
+        return "fine", ["the final error is zero"]
     worst = final.loc[final.ratio.idxmax()]
     said = f"the final error on {worst.source} is {worst.ratio:.2f} times that on the calibration samples"
     up, windows = rising(training), training.window.nunique()

@@ -94,6 +94,8 @@ def run(run_config: RunConfig) -> Run:
     """
     for corpus in _corpora(run_config):
         data.check_corpus(corpus)
+    if "zero_shot" in run_config.evaluate:
+        evaluation.check_tasks(run_config.tasks)
     parts = _parts(run_config)
     id, folder = _id(parts), _folder()
     folder.mkdir(parents=True, exist_ok=True)

@@ -196,6 +196,14 @@ def test_selfgen_writes_text_that_prune_takes_as_extra(tmp_path: Path, capsys: p
     assert "extra" in capsys.readouterr().out
 
 
+def test_an_unknown_task_is_refused_before_a_model_is_loaded(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from reconkit import models
+
+    monkeypatch.setattr(models, "load_model", lambda *args, **options: pytest.fail("loaded first"))
+    assert status("evaluate", "tiny", "--tasks", "chess") == 2
+    assert "boolq" in capsys.readouterr().err
+
+
 def test_evaluate_writes_one_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "new" / "record.json"
     assert status("evaluate", "tiny", "--perplexity", "pydocs", "--count", "4", "--length", "32", "--out", str(out)) == 0

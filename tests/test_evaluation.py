@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 import reference
 import torch
@@ -46,6 +48,12 @@ def test_a_paired_ratio_is_narrower_than_two_intervals() -> None:
     assert (ratio, low, high) == pytest.approx((math.exp(0.1),) * 3)
 
 
+def test_a_broken_model_has_an_infinite_perplexity() -> None:
+    nll = torch.tensor([10.0, 2000.0], dtype=torch.float64)
+    assert evaluation.perplexity_interval(nll) == (0, math.inf)
+    assert evaluation.perplexity_ratio(nll, nll - 1000) == (math.inf,) * 3
+
+
 def test_too_short_sequences_are_refused(tiny: tuple) -> None:
     with pytest.raises(ConfigError, match="at least 2 tokens"):
         evaluation.perplexity(tiny[0], tokens(3, 1))
@@ -63,9 +71,10 @@ def questions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_zero_shot_draws_by_seed_and_compares_item_by_item(tiny: tuple, questions: None) -> None:
     pytest.importorskip("lm_eval")
     model, tokenizer = tiny
-    state = torch.get_rng_state()
+    state, python, numpy = torch.get_rng_state(), random.getstate(), np.random.get_state()
     table = evaluation.zero_shot(model, tokenizer, ["boolq"], limit=12, against=model)
     assert torch.equal(torch.get_rng_state(), state)
+    assert random.getstate() == python and all(np.array_equal(a, b) for a, b in zip(np.random.get_state(), numpy, strict=True))
     assert list(table.columns) == ["task", "metric", "value", "stderr", "n", "difference", "low", "high"]
     [row] = table.to_dict("records")
     assert (row["task"], row["metric"], row["n"], row["difference"], row["low"], row["high"]) == ("boolq", "acc", 12, 0, 0, 0)
@@ -87,12 +96,37 @@ def test_draws(tmp_path: Path) -> None:
         return evaluation._draw(source, tmp_path / "some.jsonl", limit, seed).read_text().splitlines()
 
     assert drawn(9, 0) == drawn(9, 0) != drawn(9, 1)
+    odd = tmp_path / "odd.jsonl"
+    odd.write_text('{"n": "a\u2028b\x85c"}\n{"n": 2}\n', encoding="utf-8")
+    assert evaluation._draw(odd, tmp_path / "same.jsonl", None, 0).read_bytes() == odd.read_bytes(), "an item is a line of JSON, whatever it holds"
     assert len(set(drawn(9, 0))) == 9 and set(drawn(9, 0)) < set(drawn(None, 0)) and len(drawn(99, 0)) == 50
 
 
 def test_an_unknown_task_is_refused_before_any_work(tiny: tuple) -> None:
     with pytest.raises(ConfigError, match="boolq.*winogrande"):
         evaluation.zero_shot(*tiny, ["chess"])
+    with pytest.raises(ConfigError, match="limit is 0"):
+        evaluation.zero_shot(*tiny, ["boolq"], limit=0)
+
+
+def test_the_record_refuses_before_it_measures(tiny: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluation, "sequence_nll", lambda *args, **options: pytest.fail("measured first"))
+    with pytest.raises(ConfigError, match="chess"):
+        evaluation.evaluate(*tiny, perplexity=["pydocs"], count=2, length=16, tasks=["chess"])
+    monkeypatch.setattr(evaluation.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"reconkit\[eval\]"):
+        evaluation.evaluate(*tiny, perplexity=["pydocs"], count=2, length=16, tasks=["boolq"])
+
+
+def test_nothing_is_said_on_stderr(
+    tiny: tuple, questions: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """git, which lm-eval asks for a version, complains outside a repository."""
+    pytest.importorskip("lm_eval")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    evaluation.zero_shot(*tiny, ["boolq"], limit=2)
+    assert "git" not in capfd.readouterr().err
 
 
 @pytest.mark.data
@@ -134,6 +168,13 @@ def test_size_counts_zeros_and_promises_no_byte(tiny: tuple) -> None:
 def test_speed_measures_both_phases(tiny: tuple) -> None:
     found = evaluation.speed(tiny[0], length=8, tokens=4, repeats=1)
     assert set(found) == {"prefill_tokens_per_second", "decode_tokens_per_second"} and all(v > 0 for v in found.values())
+
+
+def test_speed_subtracts_the_prompt_as_generation_reads_it(tiny: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tenth of a second a generated token and no other time: a plain forward would have no such length."""
+    monkeypatch.setattr(evaluation, "_timed", lambda work, device: 0.1 * (work().shape[1] - 8))
+    found = evaluation.speed(tiny[0], length=8, tokens=4, repeats=1)
+    assert found == pytest.approx({"prefill_tokens_per_second": 80, "decode_tokens_per_second": 10})
 
 
 def test_the_record_holds_everything_that_was_asked_for(tiny: tuple) -> None:

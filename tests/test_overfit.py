@@ -43,6 +43,13 @@ def test_a_low_error_that_holds_is_fine_however_low() -> None:
     assert overfit.verdict(result(1e-6, {"wiki": 1.1e-6}))[0] == "fine"
 
 
+def test_errors_of_zero_and_errors_that_are_no_numbers_have_a_verdict() -> None:
+    assert overfit.verdict(result(0.0, {"wiki": 0.0})) == ("fine", ["the final error is zero"])
+    for calibration, wiki in ((float("nan"), 1.0), (1.0, float("nan"))):
+        word, [reason] = overfit.verdict(result(calibration, {"wiki": wiki}))
+        assert word == "watch" and "not a number" in reason
+
+
 def test_without_held_out_samples_nothing_can_be_said() -> None:
     found, [reason] = overfit.verdict(result(1.0, {}))
     assert found == "watch" and "no held-out samples" in reason

@@ -87,6 +87,17 @@ def test_a_dense_run_has_no_errors_and_no_zeros() -> None:
     assert dense.metrics["perplexity/pydocs"] > 1
 
 
+def test_a_sparsity_of_zero_is_a_run_like_any_other() -> None:
+    run = runs.run(config(prune=PruneConfig(technique="LR", sparsity=0.0)))
+    assert run.metrics["nmse/calibration"] == 0 and run.record["verdict"] == "fine"
+
+
+def test_an_unknown_task_is_refused_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runs.models, "load_model", lambda *args, **options: pytest.fail("loaded first"))
+    with pytest.raises(ConfigError, match="chess"):
+        runs.run(config(evaluate=("zero_shot",), tasks=("chess",)))
+
+
 def test_extra_and_self_generated_text_only_train(tmp_path: Path) -> None:
     file = tmp_path / "more.jsonl"
     file.write_text("".join(json.dumps({"text": f"{i} " * 40}) + "\n" for i in range(3)))
