@@ -104,8 +104,9 @@ class Checkpoint:
         return masks
 
     def streams(self, record: Mapping[str, Any]) -> dict[str, Any] | None:
-        """{"sparse": …, "dense": …} of the record, or None where the file is gone or damaged."""
-        return torch.load(self.folder / record["streams"][0], weights_only=True) if self._whole(*record["streams"]) else None
+        """{"sparse": …, "dense": …} of the record, or None where the file is gone, damaged, or of a device that is not here."""
+        where = None if torch.cuda.is_available() else "cpu"
+        return torch.load(self.folder / record["streams"][0], weights_only=True, map_location=where) if self._whole(*record["streams"]) else None
 
     def _record(self, done: int) -> dict[str, Any] | None:
         try:

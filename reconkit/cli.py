@@ -196,6 +196,8 @@ def prune(a: argparse.Namespace) -> None:
     _check_models([a.model])
     if a.out:
         _check_folder(Path(a.out))
+        inside = a.checkpoint is not None and Path(a.checkpoint).absolute().is_relative_to(Path(a.out).absolute())
+        require(not inside, "--checkpoint", a.checkpoint, "a folder outside of --out, which takes the model alone")
     import torch
 
     from . import data, models, pruning, report

@@ -160,7 +160,9 @@ class PruneConfig:
 
     @property
     def overlap_blocks(self) -> int:
-        return self.overlap if self.overlap is not None else (1 if self.window is None and "CR" in self.technique.split("+") else 0)
+        if self.overlap is not None:
+            return self.overlap
+        return min(1, self.window_blocks - 1) if "CR" in self.technique.split("+") else 0
 
     def sparsity_of(self, layer: str) -> float:
         """The sparsity asked of a layer by its full name."""

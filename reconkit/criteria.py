@@ -33,7 +33,7 @@ class Statistics:
             x = x.to(self.hessian.dtype)
             self.hessian.addmm_(x.t(), x)
         else:
-            self._squares += x.float().square().sum(0).to(self._squares)
+            self._squares += x.float().square().sum(0).to(self._squares.device).double()
 
     @property
     def square_sum(self) -> Tensor:

@@ -50,7 +50,7 @@ def sequence_nll(model: PreTrainedModel, samples: Tensor, *, batch_size: int = 8
         ids = ids.to(model.device)
         logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
         nll = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none")
-        found.append(nll.view(len(ids), -1).double().mean(1).cpu())
+        found.append(nll.view(len(ids), -1).cpu().double().mean(1))
     return torch.cat(found)
 
 

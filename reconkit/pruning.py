@@ -161,12 +161,11 @@ def _walk(
 
 
 def _begin(runner: Runner, sources: dict[str, Tensor], config: PruneConfig, notes: list[str]) -> Walk:
-    embedded = {}
-    for source, ids in sources.items():
-        states = runner.embed(ids, config.batch_size)
-        embedded[source] = store(states, 4 * len(sources))  # two streams, the target and what is advanced
+    embedded = {source: runner.embed(ids, config.batch_size) for source, ids in sources.items()}
+    for source, states in embedded.items():
         if not torch.isfinite(states).all():
             raise FloatingPointError(f"There is NaN or infinity in the embeddings of {source}.")
+    embedded = store(embedded, 4)  # two streams, the target and what is advanced
     return Walk(position=0, sparse=embedded, dense={0: embedded}, notes=list(notes))
 
 
@@ -251,7 +250,8 @@ def _window(
     pairs = {source: (inputs[source], targets[source]) for source in inputs}
     modules = [runner.blocks[i] for i in window]
     masks = _parameter_masks(found, walk, window)
-    dtypes = [(p, p.dtype) for m in modules for p in m.parameters()]
+    dtypes = [(t, t.dtype) for m in modules for t in (*m.parameters(), *m.buffers())]
+    _prepare(runner, inputs, config)
     for module in modules:
         module.float()
     trained = reconstruct(
@@ -454,6 +454,20 @@ def _check(model: nn.Module, samples: Tensor, config: PruneConfig, extra: Tensor
 def _epochs(config: PruneConfig, sources: Mapping[str, Tensor]) -> int:
     per_epoch = math.ceil(sum(len(sources[s]) for s in ("calibration", "extra") if s in sources) / config.batch_size)
     return config.epochs if config.steps is None else math.ceil(config.steps / per_epoch)
+
+
+def _prepare(runner: Runner, inputs: Mapping[str, Tensor], config: PruneConfig) -> None:
+    """Record how the model calls its blocks for every size that training and measuring will use, while the window is in the model's dtype."""
+    trained = [states for source, states in inputs.items() if source in ("calibration", "extra")]
+    for states in inputs.values():
+        runner.prepare(_parts(len(states), config.batch_size), states.shape[1])
+    for step in _parts(sum(map(len, trained)), config.batch_size):
+        runner.prepare(_parts(step, config.micro_batch or config.batch_size), trained[0].shape[1])
+
+
+def _parts(count: int, size: int) -> set[int]:
+    """The sizes that come of cutting `count` into pieces of `size`."""
+    return {min(count, size), count % size} - {0}
 
 
 def _label(window: range) -> str:

@@ -88,6 +88,9 @@ def reconstruct(
     result = Trained([(0, name, loss_of(*pair)) for name, pair in {**training, **held_out}.items()])
     _finite(result.losses, where)
     best, best_state, done, epoch = math.inf, None, 0, 0
+    if config.early_stopping is not None:  # training that never helps leaves the weights as they were
+        best = sum(loss for _, name, loss in result.losses if name in held_out) / len(held_out)
+        best_state, result.best_epoch = [p.detach().clone() for p in parameters], 0
     if on_epoch:
         on_epoch(0, math.ceil(total / per_epoch), result.losses)
     while done < total:

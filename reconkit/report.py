@@ -172,17 +172,13 @@ def evaluation(record: dict[str, Any]) -> str:
 def cached() -> str:
     """What lies in the cache: every asset, model and run, with its size."""
     folder = cache_dir()
-    sizes = {f"{part.name}/{entry.name}": _bytes(entry) for part in _folders(folder) for entry in _folders(part)}
+    sizes = {f"{part.name}/{entry.name}": runs.size(entry) for part in _folders(folder) for entry in _folders(part)}
     total = f"{size(sum(sizes.values()))} in {folder}, limit {size(runs.cache_limit())} (RECONKIT_CACHE_LIMIT)"
     return "\n".join([*(f"{size(count):>10}  {name}" for name, count in sizes.items()), total])
 
 
 def _folders(folder: Path) -> list[Path]:
     return sorted(p for p in folder.iterdir() if p.is_dir())
-
-
-def _bytes(folder: Path) -> int:
-    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
 
 
 def size(count: float) -> str:

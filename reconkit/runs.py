@@ -96,6 +96,9 @@ def run(run_config: RunConfig) -> Run:
         data.check_corpus(corpus)
     if "zero_shot" in run_config.evaluate:
         evaluation.check_tasks(run_config.tasks)
+    cache_limit()
+    if run_config.tag:
+        _check_tag(run_config.tag)
     parts = _parts(run_config)
     id, folder = _id(parts), _folder()
     folder.mkdir(parents=True, exist_ok=True)
@@ -111,6 +114,8 @@ def run(run_config: RunConfig) -> Run:
                 )
             with tempfile.TemporaryDirectory(prefix=f".{id}-", dir=folder, ignore_cleanup_errors=True) as staging:
                 _compute(run_config, id, parts, Path(staging) / "new")
+                if (folder / id / "tag").is_file():
+                    shutil.copy(folder / id / "tag", Path(staging) / "new" / "tag")
                 shutil.rmtree(folder / id, ignore_errors=True)
                 os.replace(Path(staging) / "new", folder / id)
             _keep_within_limit(folder, id)
@@ -157,6 +162,9 @@ def _compute(config: RunConfig, id: str, parts: dict[str, Any], folder: Path) ->
     """Do the work and write the whole record into `folder`."""
     started = time.time()
     model, tokenizer = models.load_model(config.model, dtype=getattr(torch, config.dtype), device=config.device)
+    if "perplexity" in config.evaluate:  # too little text is said before anything is pruned
+        for corpus in config.test:
+            data.load_samples(corpus, tokenizer, count=config.test_count, length=config.test_length or config.length, split="test", seed=config.seed)
     errors, training, notes = pd.DataFrame(columns=ERRORS), pd.DataFrame(columns=TRAINING), []
     metrics: dict[str, float] = {"sparsity": 0.0}
     if config.prune is not None:
@@ -296,12 +304,16 @@ def tag(run: str, tag: str) -> None:
     Raises:
         ConfigError: no such run, or a name that is not letters, digits, dots, dashes and underscores.
     """
-    require(re.fullmatch(r"[\w.-]+", tag) is not None, "tag", tag, "letters, digits, dots, dashes and underscores")
+    _check_tag(tag)
     chosen = find(run)
     for other in _all():
         if other.config.tag == tag and other.id != chosen.id:
             (other.folder / "tag").unlink()
     (chosen.folder / "tag").write_text(tag, encoding="utf-8")
+
+
+def _check_tag(tag: str) -> None:
+    require(re.fullmatch(r"[\w.-]+", tag) is not None, "tag", tag, "letters, digits, dots, dashes and underscores")
 
 
 def _tag(folder: Path) -> str | None:
@@ -323,13 +335,25 @@ def cache_limit() -> int:
 
 def _keep_within_limit(folder: Path, newest: str) -> None:
     """Delete the oldest runs while the whole cache is above its limit; the newest stays."""
-    total, limit = sum(p.stat().st_size for p in assets.cache_dir().rglob("*") if p.is_file()), cache_limit()
+    total, limit = size(assets.cache_dir()), cache_limit()
     for file in sorted(folder.glob("*/record.json"), key=lambda f: f.stat().st_mtime):
         if total <= limit:
             break
         if file.parent.name != newest:
-            total -= sum(p.stat().st_size for p in file.parent.rglob("*") if p.is_file())
-            shutil.rmtree(file.parent)
+            total -= size(file.parent)
+            shutil.rmtree(file.parent, ignore_errors=True)
+
+
+def size(folder: Path) -> int:
+    """Bytes of a folder in which other processes may be at work."""
+    total = 0
+    for place, _, files in os.walk(folder):
+        for name in files:
+            try:
+                total += os.stat(os.path.join(place, name)).st_size
+            except FileNotFoundError:
+                pass  # gone since the listing
+    return total
 
 
 def environment() -> dict[str, Any]:

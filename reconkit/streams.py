@@ -69,12 +69,17 @@ class Runner:
             handle.remove()
         return torch.cat(states)
 
+    def prepare(self, batch_sizes: Iterable[int], length: int) -> None:
+        """Record the calls for batches of these sizes, where they are not known yet; the model must be in its own dtype."""
+        for size in batch_sizes:
+            if (size, length) not in self._calls:
+                with torch._C.DisableTorchFunction():  # a tap around this must not see the made-up tokens
+                    self.record(torch.zeros(size, length, dtype=torch.long))
+
     def call(self, index: int, hidden: Tensor, block: nn.Module | None = None) -> Tensor:
         """Block `index` on `hidden` (B, T, H) → (B, T, H); `block` stands in for it, such as its dense copy."""
         shape = tuple(hidden.shape[:2])
-        if shape not in self._calls:
-            with torch._C.DisableTorchFunction():  # a tap around this call must not see the made-up tokens
-                self.record(torch.zeros(shape, dtype=torch.long))
+        self.prepare([shape[0]], shape[1])
         args, kwargs = self._calls[shape][index]
         if hidden.dtype != self.dtype:  # a window trains in fp32 inside a half-precision model
             args, kwargs = _cast(args, hidden.dtype), _cast(kwargs, hidden.dtype)
@@ -138,13 +143,15 @@ def batches(states: Tensor, batch_size: int, device: torch.device, dtype: torch.
         yield chosen, states[chosen].to(device, dtype, non_blocking=True)
 
 
-def store(states: Tensor, streams: int) -> Tensor:
-    """`states` where they will live, `streams` of that size in all: on the GPU if they take at most half of what is free there, else
-    in pinned RAM."""
-    if states.device.type != "cuda":
-        return states
-    free, _ = torch.cuda.mem_get_info(states.device)
-    return states if streams * states.nbytes <= free // 2 else states.cpu().pin_memory()
+def store(sources: dict[str, Tensor], streams: int) -> dict[str, Tensor]:
+    """The states of all sources where they will live, all in one place: on the GPU if `streams` times their size takes at most
+    half of what is free there, else in pinned RAM."""
+    device = next(iter(sources.values())).device
+    if device.type != "cuda":
+        return sources
+    free, _ = torch.cuda.mem_get_info(device)
+    fits = streams * sum(states.nbytes for states in sources.values()) <= free // 2
+    return sources if fits else {name: states.cpu().pin_memory() for name, states in sources.items()}
 
 
 @torch.no_grad()
@@ -155,9 +162,14 @@ def error(dense: Tensor, sparse: Tensor, batch_size: int = 8) -> tuple[float, fl
     """
     difference = square = 0.0
     for d, s in zip(dense.split(batch_size), sparse.split(batch_size), strict=True):
-        difference += float((d.float() - s.float()).square().sum(dtype=torch.float64))
-        square += float(d.float().square().sum(dtype=torch.float64))
+        difference += _sum((d.float() - s.float()).square())
+        square += _sum(d.float().square())
     return difference / dense.numel(), difference / square if square else float(difference > 0)
+
+
+def _sum(values: Tensor) -> float:
+    """In float64, on the CPU where the device has none."""
+    return float((values.cpu() if values.device.type == "mps" else values).sum(dtype=torch.float64))
 
 
 class _Reached(Exception):

@@ -159,7 +159,11 @@ def parameters(notebook: Path) -> dict[str, Any]:
     cells = [c for c in _read(notebook).cells if "parameters" in c.metadata.get("tags", [])]
     require(len(cells) == 1, f"{notebook.name}: cells tagged parameters", len(cells), "exactly one")
     found: dict[str, Any] = {}
-    for line in ast.parse(cells[0].source).body:
+    try:
+        lines = ast.parse(cells[0].source).body
+    except SyntaxError as error:
+        raise ConfigError(f"{notebook.name}: the parameters cell is not Python ({error.msg}, line {error.lineno}).") from None
+    for line in lines:
         target = line.target if isinstance(line, ast.AnnAssign) else line.targets[0] if isinstance(line, ast.Assign) else None
         try:
             if not isinstance(target, ast.Name):
@@ -260,7 +264,8 @@ def _start(suite: Suite, entry: Entry, jobs: int) -> _Running:
     staging = Path(tempfile.mkdtemp(prefix=f".{entry.name}-", dir=suite.folder))
     staging.chmod(0o755)
     (staging / "params.json").write_text(json.dumps(entry.parameters, indent=1) + "\n", encoding="utf-8")
-    environment = {**os.environ, "JUPYTER_PREFER_ENV_PATH": "1", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
+    folders = {name: os.path.abspath(os.environ[name]) for name in ("RECONKIT_CACHE", "RECONKIT_DATA") if os.environ.get(name)}
+    environment = {**os.environ, **folders, "JUPYTER_PREFER_ENV_PATH": "1", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
     if jobs > 1:
         environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // jobs))
     log = staging / "log.txt"

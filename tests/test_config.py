@@ -55,7 +55,8 @@ def test_a_technique_is_a_name_for_switches(technique: str, expected: tuple[Any,
 
 def test_switches_go_before_the_name() -> None:
     c = PruneConfig(technique="BR+GP+CR", target="sparse", window=3)
-    assert (c.target_stream, c.window_blocks, c.overlap_blocks) == ("sparse", 3, 0)
+    assert PruneConfig(technique="BR+CR", window=1).overlap_blocks == 0
+    assert (c.target_stream, c.window_blocks, c.overlap_blocks) == ("sparse", 3, 1)
 
 
 def test_a_pattern_sets_the_sparsity_itself() -> None:

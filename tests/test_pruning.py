@@ -344,6 +344,23 @@ def test_half_precision_models_stay_half() -> None:
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16} and result.sparsity == 0.5
 
 
+@pytest.mark.parametrize("values", [{"micro_batch": 3}, {"batch_size": 5, "micro_batch": 2}])
+def test_half_precision_models_train_in_batches_of_every_size(values: dict[str, Any]) -> None:
+    model = families.build("llama").to(torch.bfloat16)
+    config = quick(technique="BR", precision="fp32", **values)
+    prune(model, samples(), config, extra=samples(3, seed=7), held_out={"other": samples(5, 12, seed=1)}, progress=False)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
+def test_training_that_never_helps_on_held_out_samples_is_not_kept() -> None:
+    model = families.build("llama")
+    first = models.blocks(model)[1][0]
+    before = {n: p.detach().clone() for n, p in first.named_parameters()}
+    config = PruneConfig(technique="BR", criterion="magnitude", sparsity=0.0, epochs=3, batch_size=4, early_stopping=1)
+    prune(model, samples(), config, held_out={"other": samples(4, seed=1)}, progress=False)
+    assert all(torch.equal(before[n], p) for n, p in first.named_parameters()), "the loss was zero before training"
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [

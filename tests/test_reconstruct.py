@@ -93,15 +93,25 @@ def test_every_source_trains_and_is_reported_by_itself() -> None:
     assert torch.equal(flat(alone), flat(watched)), "held-out samples only measure"
 
 
-def test_early_stopping_keeps_the_best_epochs_weights() -> None:
-    noise = pairs(3, 5)[0], torch.randn(3, 4, 8, generator=torch.Generator().manual_seed(6))
-    module = window()
-    result = train(module, held_out={"noise": noise}, early_stopping=2, epochs=60, learning_rate=0.05)
-    losses = {epoch: loss for epoch, source, loss in result.losses if source == "noise" and epoch}
-    assert max(losses) < 60, "it stopped"
+def opposite() -> tuple[torch.Tensor, torch.Tensor]:
+    x, y = pairs(6, 5)
+    return x, -y
+
+
+@pytest.mark.parametrize(
+    ("held_out", "helps"), [(pairs(6, 5), True), (opposite(), False)], ids=["held-out like training", "held-out unlike training"]
+)
+def test_early_stopping_keeps_the_best_epochs_weights(held_out: tuple[torch.Tensor, torch.Tensor], helps: bool) -> None:
+    """Where training helps new text for a while, and where it never does: then the weights stay as they were."""
+    module, before = window(), flat(window())
+    config = {"early_stopping": 2, "epochs": 200, "learning_rate": 0.05}
+    result = train(module, held_out={"new": held_out}, training={"calibration": pairs(3)}, **config)
+    losses = {epoch: loss for epoch, source, loss in result.losses if source == "new"}
+    assert max(losses) < 200, "it stopped"
     assert result.best_epoch == min(losses, key=losses.get) == max(losses) - 2
+    assert (result.best_epoch > 0) == helps == (not torch.equal(flat(module), before))
     with torch.no_grad():
-        assert ((module(noise[0]) - noise[1]) ** 2).mean().item() == pytest.approx(losses[result.best_epoch], rel=1e-4)
+        assert ((module(held_out[0]) - held_out[1]) ** 2).mean().item() == pytest.approx(losses[result.best_epoch], rel=1e-4)
 
 
 def test_clipping_bounds_the_step() -> None:

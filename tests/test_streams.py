@@ -78,9 +78,9 @@ def test_error_equals_its_twin_and_does_not_depend_on_the_batch() -> None:
 
 
 @pytest.mark.gpu
-def test_streams_that_do_not_fit_live_in_pinned_ram() -> None:
-    states = torch.ones(4, 8, 16, device="cuda")
+def test_streams_that_do_not_fit_live_in_pinned_ram_all_of_them() -> None:
+    sources = {"calibration": torch.ones(4, 8, 16, device="cuda"), "extra": torch.ones(1, 8, 16, device="cuda")}
     free, _ = torch.cuda.mem_get_info()
-    away = streams.store(states, free)
-    assert away.is_pinned() and away.device.type == "cpu" and torch.equal(away, states.cpu())
-    assert streams.store(states, 2) is states
+    away = streams.store(sources, free)
+    assert all(x.is_pinned() and torch.equal(x, sources[name].cpu()) for name, x in away.items())
+    assert streams.store(sources, 2) is sources

@@ -96,7 +96,12 @@ def test_what_is_wrong_is_said_before_anything_starts(home: Path, text: str, say
 
 @pytest.mark.parametrize(
     ("parameters", "says"),
-    [("value = 1 + x\nout_dir = ''", "not NAME = LITERAL"), ("value = 1", "out_dir"), ("import os", "not NAME = LITERAL")],
+    [
+        ("value = 1 + x\nout_dir = ''", "not NAME = LITERAL"),
+        ("value = 1", "out_dir"),
+        ("import os", "not NAME = LITERAL"),
+        ("value = (", "not Python"),
+    ],
 )
 def test_parameters_are_literals(home: Path, parameters: str, says: str) -> None:
     with pytest.raises(ConfigError, match=says):
