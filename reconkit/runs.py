@@ -150,6 +150,7 @@ def platform_key(device: str = "auto") -> dict[str, Any]:
         "device": models.resolve_device(device).split(":")[0],
         "threads": torch.get_num_threads(),
         "code": code_hash(ROOMS),
+        "python": platform.python_version(),
         "versions": {name: _version(name) for name in ("torch", "transformers", "numpy", "tokenizers", "lm_eval")},
     }
 

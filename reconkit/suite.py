@@ -39,7 +39,7 @@ from typing import Any
 import nbformat
 import pandas as pd
 
-from . import runs
+from . import data, models, runs
 from .config import ConfigError, one_of, require
 
 PUBLISHED = "published"
@@ -185,9 +185,26 @@ def _read(notebook: Path) -> Any:
 def key(entry: Entry, platform: Mapping[str, Any]) -> str:
     """What decides the result of an entry: its code, parameters and plots, and everything that `runs.run` hashes."""
     code = [c.source for c in _read(entry.notebook).cells if c.cell_type == "code" and "parameters" not in c.metadata.get("tags", [])]
-    plots = Path(__file__).with_name("plots.py").read_text(encoding="utf-8")
-    facts = [code, entry.parameters, plots, platform]
+    here = Path(__file__).parent
+    drawn = [file.read_text(encoding="utf-8") for file in (here / "plots.py", *sorted(here.glob("paper/*"))) if file.is_file()]
+    facts = [code, entry.parameters, _texts(entry.parameters), drawn, platform]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _texts(parameters: Mapping[str, Any]) -> list[str]:
+    """What is behind the names of models and corpora: a file may change under its name.
+
+    Raises:
+        ConfigError: no source knows such a name.
+    """
+    found = []
+    if "model" in parameters:
+        models.check_model(parameters["model"])
+        found.append(models.identity(parameters["model"]))
+    for name, split in (("corpus", "train"), ("held_out", "validation"), ("test", "test")):
+        given = parameters.get(name, [])
+        found += [data.identity(corpus, split) for corpus in ([given] if isinstance(given, str) else given)]
+    return found
 
 
 def run(manifest: str | Path, *, only: str | None = None, jobs: int = 1, dry_run: bool = False, force: bool = False) -> int:
