@@ -48,7 +48,7 @@ class Checkpoint:
         key = {
             "model": _sum(model.state_dict()),
             "samples": _sum(sources),
-            "configuration": json.loads(json.dumps(to_dict(config))),
+            "configuration": json.loads(json.dumps({k: v for k, v in to_dict(config).items() if k != "overfit"})),  # which decides words only
             "code": code_hash(ROOMS),
         }
         if path.is_dir() and any(path.iterdir()):

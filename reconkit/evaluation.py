@@ -14,7 +14,7 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,6 +79,35 @@ def _exp(value: float) -> float:
 
 def _standard_error(values: Tensor) -> float:
     return float(values.double().std() / math.sqrt(len(values))) if len(values) > 1 else math.inf
+
+
+@torch.no_grad()
+def cloze(model: PreTrainedModel, samples: Tensor, items: Tensor, *, batch_size: int = 8) -> Tensor:
+    """Whether the model finds the true token of each cloze item likelier than every other candidate: (items,) bool.
+
+    Args:
+        samples: (N, T) tokens in which the blanks are; a blank sees all tokens before it.
+        items: (items, 2 + choices): sample, position, the true token, the others. One forward answers all blanks of a sample.
+    """
+    fits = max(1, LOGITS // (samples.shape[1] * model.get_output_embeddings().out_features))
+    right = torch.zeros(len(items), dtype=torch.bool)
+    for rows in torch.arange(len(samples)).split(min(batch_size, fits)):
+        asked = torch.isin(items[:, 0], rows).nonzero().flatten()
+        if not len(asked):
+            continue
+        logits = model(input_ids=samples[rows].to(model.device), use_cache=False).logits
+        chosen = items[asked].to(logits.device)
+        scores = logits[chosen[:, 0] - int(rows[0]), chosen[:, 1] - 1].float().gather(1, chosen[:, 2:])
+        right[asked] = (scores[:, 0] > scores[:, 1:].max(1).values).cpu()
+    return right
+
+
+def clustered_error(right: Tensor, cluster: Tensor) -> float:
+    """Standard error of the mean of `right` (items,), or of a difference, when the items of one `cluster` (their sample) belong together."""
+    residuals = right.double() - right.double().mean()
+    sums = torch.zeros(int(cluster.max()) + 1, dtype=torch.float64).index_add_(0, cluster, residuals)
+    groups = len(cluster.unique())
+    return float(sums.square().sum().sqrt() / len(right) * math.sqrt(groups / (groups - 1))) if groups > 1 else math.inf
 
 
 def check_tasks(tasks: Sequence[str]) -> None:
@@ -249,6 +278,8 @@ def evaluate(
     speed: bool = False,
     seed: int = 0,
     batch_size: int = 8,
+    texts: Mapping[str, Tensor] | None = None,
+    blanks: tuple[Tensor, Tensor] | None = None,
 ) -> dict[str, Any]:
     """The record of a model: everything that was asked for, with 95 % intervals, and what measuring it took.
 
@@ -257,23 +288,26 @@ def evaluate(
         tasks: zero-shot tasks, `limit` items of each.
         against: the dense model; then perplexities carry their ratio to its, and accuracies the paired difference.
         speed: time prefill and decoding, too.
+        texts: further samples (N, T) by name, such as text of the model's own; their split is called "given".
+        blanks: (samples, items) of a cloze set, see `cloze`.
 
     Returns:
         perplexity: rows of corpus, split, length, tokens, value, low, high, nll (per sequence), and ratio, ratio_low,
-        ratio_high with `against`; zero_shot: rows; speed: dict or None; size: dict; cost: seconds and peak memory;
+        ratio_high with `against`; cloze: value, low, high, n, right and sample (per item) or None; zero_shot: rows; speed: dict or None;
+        size: dict; cost: seconds and peak memory;
         fingerprint: what decides these figures, the weights included.
     """
     check_tasks(tasks)
-    texts = {corpus: data.load_samples(corpus, tokenizer, count=count, length=length, split=split, seed=seed) for corpus in perplexity}
+    drawn = {corpus: data.load_samples(corpus, tokenizer, count=count, length=length, split=split, seed=seed) for corpus in perplexity}
     with cost.measure() as used:
         rows = []
-        for corpus, samples in texts.items():
+        for corpus, samples in {**drawn, **(texts or {})}.items():
             nll = sequence_nll(model, samples, batch_size=batch_size)
             low, high = perplexity_interval(nll)
             row = {
                 "corpus": corpus,
-                "split": split,
-                "length": length,
+                "split": split if corpus in drawn else "given",
+                "length": samples.shape[1],
                 "tokens": samples[:, 1:].numel(),
                 "value": _exp(float(nll.mean())),
                 "low": low,
@@ -284,10 +318,16 @@ def evaluate(
                 row |= dict(zip(("ratio", "ratio_low", "ratio_high"), ratio, strict=True))
             rows.append({**row, "nll": nll.tolist()})
         answers = zero_shot(model, tokenizer, tasks, limit=limit, seed=seed, against=against).to_dict("records") if tasks else []
+        filled = _cloze_record(model, *blanks, batch_size) if blanks else None
         timing = _speed(model) if speed else None
-    facts = [[data.identity(c, split) for c in perplexity], split, count, length, list(tasks), limit, seed, str(model.dtype), _weights(model)]
+    facts = [[data.identity(c, split) for c in perplexity], split, count, length, list(tasks), limit, seed, str(model.dtype), weights_sum(model)]
+    facts += [
+        sorted((name, hashlib.sha256(ids.numpy().tobytes()).hexdigest()) for name, ids in (texts or {}).items()),
+        [b.tolist() for b in blanks or ()],
+    ]
     return {
         "perplexity": rows,
+        "cloze": filled,
         "zero_shot": answers,
         "speed": timing,
         "size": size(model),
@@ -296,8 +336,15 @@ def evaluate(
     }
 
 
-def _weights(model: PreTrainedModel) -> str:
-    """A sum over the weights."""
+def _cloze_record(model: PreTrainedModel, samples: Tensor, items: Tensor, batch_size: int) -> dict[str, Any]:
+    right = cloze(model, samples, items, batch_size=batch_size)
+    value, error = float(right.double().mean()), clustered_error(right, items[:, 0])
+    each = {"right": right.int().tolist(), "sample": items[:, 0].tolist()}
+    return {"value": value, "low": value - Z95 * error, "high": value + Z95 * error, "n": len(right), **each}
+
+
+def weights_sum(model: PreTrainedModel) -> str:
+    """A sum over the weights: what a model is, whatever it is called."""
     found = hashlib.sha256()
     for parameter in model.parameters():
         found.update(parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())

@@ -1,49 +1,113 @@
-"""Calibration against held-out samples: where the error of a pruned model stops being the error that it was trained on."""
+"""Calibration against held-out samples: where the error of a pruned model stops being the error that it was trained on.
+
+Everything here is a function of two tables, `errors` (block, source, mse, nmse) and `training` (window, epoch, source,
+loss), so that it works while `prune` runs, on its result, and on any record.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from typing import Any
 
 import pandas as pd
 
+from .config import OverfitConfig, PruneConfig
+
 TRAINED = ("calibration", "extra")
-WATCH, OVERFITTING = 1.75, 3.0
-"""Held-out over calibration NMSE of the final block. Masks chosen on the calibration samples alone give about 1.1 to 1.6
-(statistics of few tokens fit them best); each further technique adds to it, and an error three times as large on new
-text says that most of what reconstruction won there was won on the calibration samples only."""
-RISING = 0.02
-"A held-out loss counts as rising when it ends this much (relative) above its lowest epoch."
-MANY = 0.25
-"Share of the windows whose held-out loss must rise for a remark."
+Z95 = 1.959964  # half-width of a 95 % interval in standard errors
+TRY = {
+    "data": "more calibration samples, or self-generated ones (extra)",
+    "epochs": "early_stopping=1, or fewer epochs",
+    "freedom": "windows of one block (without CR)",
+}
 
 
 def ratios(errors: pd.DataFrame) -> pd.DataFrame:
-    """Per block and held-out source: block, source, nmse, calibration (its NMSE), ratio."""
+    """Per block and held-out source: block, source, nmse, calibration (its NMSE), ratio, gap (their difference)."""
     calibration = errors[errors.source == "calibration"].set_index("block").nmse
     held = errors[~errors.source.isin(TRAINED)].copy()
     held["calibration"] = held.block.map(calibration)
     held["ratio"] = held.nmse / held.calibration
-    return held[["block", "source", "nmse", "calibration", "ratio"]].reset_index(drop=True)
+    held["gap"] = held.nmse - held.calibration
+    return held[["block", "source", "nmse", "calibration", "ratio", "gap"]].reset_index(drop=True)
 
 
-def rising(training: pd.DataFrame) -> list[str]:
-    """Windows whose mean held-out loss ended above its lowest epoch while the training loss fell."""
-    found = []
+def turns(training: pd.DataFrame, rising: float = OverfitConfig.rising, *, kept_best: bool = False) -> pd.DataFrame:
+    """Per window: window, best (epoch of the lowest mean held-out loss), last (epoch whose weights were kept), rise (relative, of
+    its held-out loss above the lowest), gained and held (log of the loss before training over the loss after it, calibration and
+    held-out), up (whether the held-out loss turned).
+
+    Args:
+        kept_best: the best epoch's weights were kept (early stopping), so that what came after it does not count.
+    """
+    rows = []
     for window, part in training.groupby("window", sort=False):
         held = part[~part.source.isin(TRAINED)].groupby("epoch").loss.mean()
         own = part[part.source == "calibration"].set_index("epoch").loss
-        if len(held) > 1 and held.iloc[-1] > (1 + RISING) * held.min() and own.iloc[-1] < own.iloc[0]:
-            found.append(str(window))
+        if kept_best:
+            held, own = held.loc[: held.idxmin()], own.loc[: held.idxmin()]
+        if not len(held) or part.epoch.nunique() < 2:
+            continue
+        rise = held.iloc[-1] / held.min() - 1 if held.min() else 0.0
+        up = bool(rise > rising and own.iloc[-1] < own.iloc[0])
+        rows.append((str(window), int(held.idxmin()), int(held.index[-1]), rise, _gain(own), _gain(held), up))
+    return pd.DataFrame(rows, columns=["window", "best", "last", "rise", "gained", "held", "up"])
+
+
+def rising(training: pd.DataFrame, config: OverfitConfig | None = None, *, kept_best: bool = False) -> list[str]:
+    """Windows whose mean held-out loss ended above its lowest epoch while the training loss fell."""
+    found = turns(training, (config or OverfitConfig()).rising, kept_best=kept_best)
+    return list(found[found.up.astype(bool)].window)
+
+
+def facts(run_or_result: Any, config: OverfitConfig | None = None) -> dict[str, Any]:
+    """What a verdict rests on.
+
+    Returns:
+        ratio and gap: held-out NMSE of the last block over, and minus, the calibration's, of the worst source; source: its
+        name; growth: that ratio over the first block's; block: the first one whose ratio reaches `watch`, and stays there, or
+        None; windows and up: how many were trained, and in how many the held-out loss turned up; window and epoch: the first of
+        those and the median epoch of its lowest loss; transfer: share of training's gain on calibration samples, in log loss,
+        that holds on held-out ones (NaN where nothing was trained).
+        Missing figures are NaN or None.
+    """
+    config = config or _thresholds(run_or_result)
+    table, training = ratios(run_or_result.errors), run_or_result.training
+    found: dict[str, Any] = {"ratio": math.nan, "gap": math.nan, "growth": math.nan, "source": None, "block": None}
+    if not table.empty:
+        final = table[table.block == table.block.max()]
+        known = final.dropna(subset=["nmse", "calibration"])
+        worst = (known if len(known) else final).fillna({"ratio": 1.0}).sort_values("ratio").iloc[-1]
+        line = table[table.source == worst.source].sort_values("block")
+        found |= {"ratio": float(worst.ratio), "gap": float(worst.gap), "source": worst.source}
+        found["growth"] = float(worst.ratio / line.ratio.iloc[0]) if line.ratio.iloc[0] else math.nan
+        below = line[~(line.ratio >= config.watch)].block
+        above = line[line.block > (below.max() if len(below) else -1)].block
+        found["block"] = int(above.iloc[0]) if len(above) else None
+    how = _prune_config(run_or_result)
+    turned = turns(training, config.rising, kept_best=how is not None and how.early_stopping is not None)
+    up = turned[turned.up.astype(bool)]
+    found |= {"windows": len(turned), "up": len(up)}
+    found |= {"window": up.window.iloc[0] if len(up) else None, "epoch": int(up.best.median()) if len(up) else None}
+    gained = turned.gained.sum()
+    found["transfer"] = float(turned.held.sum() / gained) if gained > 0 else math.nan
     return found
 
 
-def verdict(run_or_result: Any) -> tuple[str, list[str]]:
-    """("fine" | "watch" | "overfitting", reasons) from a run's or a result's `errors` and `training`.
+def verdict(run_or_result: Any, config: OverfitConfig | None = None, *, against: Any = None) -> tuple[str, list[str]]:
+    """("fine" | "watch" | "overfitting", reasons) from a run's or a result's `errors` and `training`; the last reason says what to try.
 
     Only the error relative to its stream and the held-out losses are looked at; a low error that holds on new text is fine
     however low it is.
+
+    Args:
+        config: the thresholds; None takes those of the run's own configuration, else the defaults.
+        against: a recorded run with a simpler technique; where this one reads a test text worse than that one, beyond the
+            interval, although its calibration error is lower, it is "overfitting" whatever the errors say.
     """
-    errors, training = run_or_result.errors, run_or_result.training
+    config = config or _thresholds(run_or_result)
+    errors = run_or_result.errors
     if errors.empty:
         return "fine", ["nothing was pruned"]
     table = ratios(errors)
@@ -54,12 +118,178 @@ def verdict(run_or_result: Any) -> tuple[str, list[str]]:
         return "watch", ["the final error is not a number, so nothing can be said"]
     if (final.nmse == 0).all():
         return "fine", ["the final error is zero"]
-    worst = final.loc[final.ratio.idxmax()]
-    said = f"the final error on {worst.source} is {worst.ratio:.2f} times that on the calibration samples"
-    up, windows = rising(training), training.window.nunique()
-    reasons = [said]
-    if windows and len(up) >= MANY * windows:
-        reasons.append(f"the held-out loss rose again in {len(up)} of {windows} windows (first: {up[0]})")
-    if worst.ratio >= OVERFITTING:
-        return "overfitting", reasons
-    return ("watch", reasons) if worst.ratio >= WATCH or len(reasons) > 1 else ("fine", reasons)
+    word, reasons = _judge(facts(run_or_result, config), _per_parameter(run_or_result), config)
+    worse = _reads_worse(run_or_result, against) if against is not None else []
+    return ("overfitting", [*worse, *reasons]) if worse else (word, reasons)
+
+
+def _judge(found: dict[str, Any], per_parameter: float | None, config: OverfitConfig) -> tuple[str, list[str]]:
+    reasons = [f"the final error on {found['source']} is {found['ratio']:.2f} times that on the calibration samples (a gap of {found['gap']:.3g})"]
+    advice = []
+    if found["ratio"] >= config.watch:
+        reasons.append(f"the ratio passes {config.watch:g} for good at block {found['block']}")
+        advice.append("data")
+    if found["windows"] and found["up"] >= config.many * found["windows"]:
+        reasons.append(
+            f"the held-out loss rose again in {found['up']} of {found['windows']} windows (first: {found['window']}; "
+            f"lowest after epoch {found['epoch']})"
+        )
+        advice.append("epochs")
+    if found["transfer"] < config.transfer:
+        reasons.append(f"of what training gained on the calibration samples, {found['transfer']:.0%} holds on held-out ones")
+        advice += [word for word in ("data", "freedom") if word not in advice]
+    word = "overfitting" if found["ratio"] >= config.overfitting else "watch" if advice else "fine"
+    if advice and per_parameter is not None and per_parameter < 1:
+        reasons.append(f"there are {per_parameter:.2g} calibration scalars (samples × tokens × hidden) for each trained parameter of a window")
+    if advice:
+        reasons.append("try " + "; or ".join(TRY[word] for word in advice))
+    return word, reasons
+
+
+def _reads_worse(run: Any, simpler: Any) -> list[str]:
+    """Test texts on which `run` has the higher perplexity beyond the interval, although its calibration error is lower."""
+    if not run.final["calibration"] < simpler.final["calibration"]:
+        return []
+    said = []
+    for row in run.record["evaluation"]["perplexity"]:
+        compared = _compared(row["nll"], _nll(simpler, row["corpus"]))
+        if compared and compared[0] > Z95 * compared[1]:
+            said.append(f"the perplexity on {row['corpus']} is {math.expm1(compared[0]):.1%} above that of {simpler.config.prune.technique}")
+    return said
+
+
+def _compared(own: list[float], other: list[float] | None) -> tuple[float, float] | None:
+    """(mean difference, its standard error) over the same sequences; None where they are not the same or too few."""
+    if other is None or len(own) != len(other) or len(own) < 2:
+        return None
+    change = pd.Series(own) - pd.Series(other)
+    return float(change.mean()), float(change.std() / math.sqrt(len(change)))
+
+
+class Live:
+    """Follows a walk and says the moment it turns: once when the ratio reaches each threshold, once when many windows' losses turned up."""
+
+    def __init__(self, config: OverfitConfig, windows: int, *, kept_best: bool = False) -> None:
+        self.config, self.windows, self.kept_best, self.said = config, windows, kept_best, set[str]()
+
+    def look(self, errors: Iterable[tuple[int, str, float, float]], training: Iterable[tuple[str, int, str, float]]) -> list[str]:
+        """New warnings, given all rows so far."""
+        table = ratios(pd.DataFrame(errors, columns=["block", "source", "mse", "nmse"]))
+        found = []
+        if not table.empty:
+            last = table[table.block == table.block.max()].sort_values("ratio").iloc[-1]
+            for word in ("overfitting", "watch"):
+                if last.ratio >= getattr(self.config, word) and not self.said & {word, "overfitting"}:
+                    self.said |= {word}
+                    found.append(
+                        f"Overfitting? After block {last.block} the error on {last.source} is {last.ratio:.2f} times that on the calibration "
+                        f"samples ({word} from {getattr(self.config, word):g})."
+                    )
+        up = rising(pd.DataFrame(training, columns=["window", "epoch", "source", "loss"]), self.config, kept_best=self.kept_best)
+        if up and len(up) >= self.config.many * self.windows and "up" not in self.said:
+            self.said |= {"up"}
+            found.append(f"Overfitting? The held-out loss turned up in {len(up)} of {self.windows} windows so far, the last one {up[-1]}.")
+        return found
+
+
+def per_parameter(samples: int, tokens: int, hidden: int, parameters: int) -> float:
+    """Calibration scalars for each trained parameter of a window: samples × tokens × hidden / parameters."""
+    return samples * tokens * hidden / parameters
+
+
+def outcomes(runs: Iterable[Any], corpora: Iterable[str]) -> pd.DataFrame:
+    """What became of each run: whether its perplexity on held-out text is worse than the best simpler technique's, beyond its interval.
+
+    Simpler are the runs of the same question (model, text, count, criterion, pattern, seed) with a technique earlier in
+    LR, BR, BR+GP, BR+GP+CR. The interval is the paired one over the test sequences.
+
+    Returns:
+        id, group (what the runs share), technique, seed, corpus, against (technique), change (log of the perplexity ratio), error
+        (its standard error), worse (bool), and the columns of `facts`.
+    """
+    order = {word: place for place, word in enumerate(("LR", "BR", "BR+GP", "BR+GP+CR"))}
+    groups: dict[str, list[Any]] = {}
+    for run in runs:
+        if run.config.prune is not None and run.config.prune.technique in order and len(run.errors):
+            groups.setdefault(_question(run), []).append(run)
+    rows = []
+    for group, members in groups.items():
+        for run in members:
+            simpler = [r for r in members if order[r.config.prune.technique] < order[run.config.prune.technique]]
+            found = facts(run)
+            for corpus in corpora:
+                own, others = _nll(run, corpus), [(r, n) for r in simpler if (n := _nll(r, corpus)) is not None]
+                if own is None or not others:
+                    continue
+                best, nll = min(others, key=lambda pair: sum(pair[1]))
+                compared = _compared(own, nll)
+                if compared is None:
+                    continue
+                change, error = compared
+                rows.append(
+                    {
+                        "id": run.id,
+                        "group": group,
+                        "technique": run.config.prune.technique,
+                        "seed": run.config.seed,
+                        "corpus": corpus,
+                        "against": best.config.prune.technique,
+                        "change": change,
+                        "error": error,
+                        "worse": change > Z95 * error,
+                        **found,
+                    }
+                )
+    return pd.DataFrame(rows)
+
+
+def agreement(said: pd.Series, worse: pd.Series) -> dict[str, int]:
+    """hits (said and worse), misses (worse, not said), false alarms (said, not worse), quiet (neither)."""
+    return {
+        "hits": int((said & worse).sum()),
+        "misses": int((~said & worse).sum()),
+        "false alarms": int((said & ~worse).sum()),
+        "quiet": int((~said & ~worse).sum()),
+    }
+
+
+def best_threshold(values: pd.Series, worse: pd.Series) -> float:
+    """The value above which "worse" is said with the best balance (mean of the shares of hits and of quiet ones); infinite
+    where one of the two never happens, for then nothing can be chosen."""
+    if worse.all() or not worse.any():
+        return math.inf
+    seen = sorted(values.dropna().unique())
+    cuts = [math.inf, *[(a + b) / 2 for a, b in zip(seen, seen[1:], strict=False)]]
+    return max(cuts, key=lambda cut: ((values > cut) & worse).sum() / worse.sum() + (~(values > cut) & ~worse).sum() / (~worse).sum())
+
+
+def _gain(losses: pd.Series) -> float:
+    """log of the loss before training over the loss after it."""
+    return math.log(losses.iloc[0] / losses.iloc[-1]) if losses.iloc[0] > 0 and losses.iloc[-1] > 0 else 0.0
+
+
+def _prune_config(run_or_result: Any) -> PruneConfig | None:
+    """A result has it as its configuration, a run as a part of it."""
+    config = getattr(run_or_result, "config", None)
+    return config if isinstance(config, PruneConfig) else getattr(config, "prune", None)
+
+
+def _thresholds(run_or_result: Any) -> OverfitConfig:
+    how = _prune_config(run_or_result)
+    return how.overfit if how is not None else OverfitConfig()
+
+
+def _per_parameter(run_or_result: Any) -> float | None:
+    """From a result's own figure, or from a run's measurement."""
+    known = getattr(run_or_result, "per_parameter", None)
+    return known if known is not None else getattr(run_or_result, "metrics", {}).get("data per parameter")
+
+
+def _question(run: Any) -> str:
+    c, p = run.config, run.config.prune
+    facts = (c.model, c.corpus, c.count, c.length, c.seed, c.test, c.test_count, c.test_length, c.more, c.self_generated, c.extra)
+    return repr((*facts, p.criterion, p.pattern, p.sparsity, p.layers, p.window, p.overlap, p.target))
+
+
+def _nll(run: Any, corpus: str) -> list[float] | None:
+    return next((row["nll"] for row in run.record["evaluation"]["perplexity"] if row["corpus"] == corpus), None)

@@ -28,7 +28,8 @@ DASHES = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (5, 1.5, 1, 1.5)), (0, (8, 2)
 ORDER = {
     "technique": ("LR", "BR", "BR+GP", "BR+GP+CR", "BR+CR", "wide windows"),
     "criterion": ("magnitude", "wanda", "sparsegpt"),
-    "source": ("calibration", "extra", "wiki", "news", "pydocs"),
+    "source": ("calibration", "extra", "wiki", "news", "pydocs", "self"),
+    "arm": ("alone", "equal steps", "self-generated", "more real text"),
     "layers": ("attention", "feed-forward", "all"),
 }
 "What a word's colour is counted from; words that are not here follow in their order of appearance."
@@ -45,6 +46,7 @@ NAMES = {
     "wanda": "Wanda",
     "sparsegpt": "SparseGPT",
     "wiki": "wiki (calibration's domain)",
+    "self": "self (its own text)",
 }
 WIDTH, HEIGHT = 4.2, 3.0  # inches of one panel
 
@@ -178,6 +180,70 @@ def perplexity(data: pd.DataFrame, by: str, rows: str, dense: Mapping[str, float
     if len(kinds) > 1 and by != rows:
         axes[0].get_figure().legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(kinds))
     return axes
+
+
+def changes(data: pd.DataFrame, by: str, rows: str = "set", *, label: str = "change", ax: Axes | None = None) -> Axes:
+    """Differences with their intervals: a row for each word in `rows`, a colour for each in `by`, a line where nothing changes.
+
+    Args:
+        data: columns value, low, high, `by` and `rows`.
+        label: of the axis.
+    """
+    words, kinds = _sorted(rows, data[rows].unique()), looks(by, list(data[by].unique()))
+    ax = ax or _panels(1, width=1.4 * WIDTH, height=1.1 + 0.16 * len(words) * (1 + len(kinds)))[0]
+    for shift, (kind, look) in zip(np.linspace(-0.28, 0.28, len(kinds)) if len(kinds) > 1 else [0.0], kinds.items(), strict=True):
+        points = data[data[by] == kind].set_index(rows).reindex(words)
+        spread = np.abs(np.stack([points.value - points.low, points.high - points.value]))
+        place = np.arange(len(words)) + shift
+        ax.errorbar(points.value, place, xerr=spread, fmt=look["marker"], color=look["color"], capsize=2, linewidth=1, label=NAMES.get(kind, kind))
+    ax.axvline(0, color=INK, linewidth=0.8)
+    ax.set_yticks(range(len(words)), [NAMES.get(w, str(w)) for w in words])
+    ax.set_xlabel(label)
+    ax.margins(y=0.12)
+    ax.invert_yaxis()
+    if len(kinds) > 1:
+        ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=min(3, len(kinds)))
+    return ax
+
+
+def by_seed(data: pd.DataFrame, arm: str, measures: Sequence[str], *, dense: Mapping[str, float] | None = None) -> np.ndarray:
+    """A panel for each measure: a row for each word in `arm`, a small point for each seed, a large one for their mean.
+
+    Args:
+        data: one row a run, with the columns `arm`, seed and the measures; the points of one seed are joined by a thin line.
+        dense: the dense model's value of a measure, drawn as a line.
+    """
+    words = _sorted(arm, data[arm].unique())
+    kinds = looks(arm, words)
+    axes = _panels(len(measures), sharey=True, height=0.9 + 0.42 * len(words))
+    for ax, measure in zip(axes, measures, strict=True):
+        table = data.pivot_table(index=arm, columns="seed", values=measure).reindex(words)
+        for seed in table:
+            ax.plot(table[seed], range(len(words)), color="#c8c8c8", linewidth=0.8, zorder=1)
+        for place, word in enumerate(words):
+            look = {"color": kinds[word]["color"], "marker": kinds[word]["marker"], "linestyle": "none"}
+            ax.plot(table.loc[word], [place] * table.shape[1], **look, markersize=3.5, alpha=0.7)
+            ax.plot([table.loc[word].mean()], [place], **look, markersize=9, markerfacecolor="none", markeredgewidth=1.6)
+        if dense and measure in dense:
+            ax.axvline(dense[measure], color=INK, linewidth=1)
+        ax.set_xlabel(NAMES.get(measure, measure))
+        ax.set_yticks(range(len(words)), [NAMES.get(w, str(w)) for w in words])
+        ax.margins(y=0.12)
+    axes[0].invert_yaxis()
+    return axes
+
+
+def distributions(data: pd.DataFrame, value: str, by: str, *, label: str = "") -> Axes:
+    """The share of rows up to each value, one step line for each word in `by`, on a log scale."""
+    ax = _panels(1, width=1.3 * WIDTH)[0]
+    for word, look in looks(by, list(data[by].unique())).items():
+        values = np.sort(data[data[by] == word][value].to_numpy())
+        style = {"color": look["color"], "linestyle": look["linestyle"], "label": NAMES.get(word, word)}
+        ax.step(values, np.arange(1, len(values) + 1) / len(values), where="post", **style)
+    _plain_log(ax, "x")
+    ax.set(xlabel=label or NAMES.get(value, value), ylabel="share of texts up to it", ylim=(0, 1.02))
+    ax.legend(loc="lower right")
+    return ax
 
 
 def bars(data: pd.DataFrame, x: str, y: str, by: str, *, dense: float | None = None, ax: Axes | None = None) -> Axes:

@@ -53,6 +53,13 @@ class Progress:
         if time.time() - self.written > 0.5 or self.done >= self.total:
             self._write()
 
+    def say(self, text: str) -> None:
+        """A line that stays, above the bar and in the state."""
+        self.facts["said"] = text
+        if not self.bar.disable:
+            self.bar.write(text, file=sys.stderr)
+        self._write()
+
     def _write(self) -> None:
         now = self.written = time.time()
         rate = (now - self.started) / self.done if self.done else None

@@ -10,6 +10,7 @@ last training.
 from __future__ import annotations
 
 import copy
+import fnmatch
 import math
 import time
 from collections.abc import Iterable, Mapping
@@ -21,7 +22,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from . import cost, criteria
+from . import cost, criteria, overfit
 from .checkpoint import Checkpoint
 from .config import ConfigError, PruneConfig, nm_pattern
 from .models import WeightView, blocks, weight_views
@@ -47,7 +48,11 @@ class PruneResult:
     peak_memory: dict[str, int]
     '"gpu": peak bytes on the GPU, "rss": peak bytes of RAM above what was in use before.'
     notes: list[str]
-    "What the reader should know: what was left dense, raised damping, experts with few tokens, skipped steps."
+    "What the reader should know: what was left dense, raised damping, experts with few tokens, skipped steps, signs of overfitting."
+    config: PruneConfig
+    "How it was done."
+    per_parameter: float | None
+    "Calibration scalars (samples × tokens × hidden) for each trained parameter of the largest window; None where nothing is trained."
 
 
 @dataclass
@@ -121,7 +126,17 @@ def prune(
         seconds=time.perf_counter() - started,
         peak_memory={"gpu": used.gpu_bytes, "rss": used.rss_bytes},
         notes=walk.notes,
+        config=config,
+        per_parameter=_per_parameter(layers, samples, model, config),
     )
+
+
+def _per_parameter(layers: nn.ModuleList, samples: Tensor, model: nn.Module, config: PruneConfig) -> float | None:
+    if not config.trains:
+        return None
+    sizes = [sum(p.numel() for p in layer.parameters()) for layer in layers]
+    largest = max(sum(sizes[i] for i in window) for window in windows(len(layers), config.window_blocks, config.overlap_blocks))
+    return overfit.per_parameter(*samples.shape, model.config.get_text_config().hidden_size, largest)
 
 
 def _walk(
@@ -139,12 +154,15 @@ def _walk(
         done, walk = 0, _begin(runner, sources, config, found.notes)
     precision = resolve_precision(config.precision, str(runner.device)) if config.trains else "fp32"
     epochs = _epochs(config, sources) if config.trains else 0
+    live = overfit.Live(config.overfit, len(plan), kept_best=config.early_stopping is not None)
+    live.look(walk.errors, walk.training)  # what a checkpoint holds was said before
     with Progress(f"{config.technique} {config.criterion}", len(plan) * (epochs + 1), show=progress) as bar:
         bar.step(done * (epochs + 1))
         for number, window in enumerate(plan[done:], done):
             try:
                 _advance(runner, walk, window.start, config, found)
                 _window(runner, walk, window, config, found, dense_copies, precision, number, bar)
+                _say(live, walk, bar)
                 if saved:
                     saved.save(number + 1, layers, window, vars(walk))
             except KeyboardInterrupt:
@@ -157,7 +175,15 @@ def _walk(
                     f"set micro_batch={max(1, (config.micro_batch or config.batch_size) // 2)} or recompute=True."
                 ) from error
         _advance(runner, walk, len(layers), config, found)
+        _say(live, walk, bar)
     return walk, found
+
+
+def _say(live: overfit.Live, walk: Walk, bar: Progress) -> None:
+    """Warn the moment that held-out errors part from the calibration's, while there is time to stop."""
+    for text in live.look(walk.errors, walk.training):
+        walk.notes.append(text)
+        bar.say(text)
 
 
 def _begin(runner: Runner, sources: dict[str, Tensor], config: PruneConfig, notes: list[str]) -> Walk:
@@ -350,24 +376,33 @@ def find(runner: Runner, ids: Tensor, config: PruneConfig) -> Found:
 
     Raises:
         ConfigError: a matrix whose product is not seen, so that no statistics could be had for it; a sparsity pattern
-            that does not divide a matrix; nothing chosen by `layers`.
+            that does not divide a matrix; a pattern of `layers` or `layer_sparsity` that matches no matrix.
     """
     name, per_block, dense = blocks(runner.model)[0], [], set()
     for block in runner.blocks:
         views, left = weight_views(block)
         per_block.append(views)
         dense |= set(left)
+    _check_patterns(name, per_block, config)
     owner = {id(v): i for i, views in enumerate(per_block) for v in views}
-    inputs: list[list[tuple[Tensor, list[WeightView]]]] = [[] for _ in per_block]
+    readers: list[list[list[WeightView]]] = [[] for _ in per_block]
+    alive: list[tuple[Tensor, list[WeightView]]] = []  # inputs of the running block and their readers; all blocks' would take gigabytes
+    running = -1
     straight: dict[int, bool] = {}
 
     def seen(view: WeightView, x: Tensor, as_stored: bool) -> None:
+        nonlocal running
         straight[id(view.parameter)] = as_stored
-        rows = inputs[owner[id(view)]]
-        group = next((g for known, g in rows if known is x), None)
+        block = owner[id(view)]
+        if block != running:
+            alive.clear()
+            running = block
+        group = next((g for known, g in alive if known is x), None)
         if group is None:
-            rows.append((x, [view]))
-        elif view not in group:
+            group = []
+            alive.append((x, group))
+            readers[block].append(group)
+        if view not in group:
             group.append(view)
 
     runner.record(ids, InputTap([v for views in per_block for v in views], seen))
@@ -375,7 +410,7 @@ def find(runner: Runner, ids: Tensor, config: PruneConfig) -> Found:
     groups = []
     for i, row in enumerate(views):
         by_name = {v.name: v for v in row}
-        known = [[by_name[v.name] for v in group] for _, group in inputs[i]]
+        known = [[by_name[v.name] for v in group] for group in readers[i]]
         used = {v.name for group in known for v in group}
         for v in row:
             if v.name not in used and v.index is None:
@@ -395,11 +430,20 @@ def find(runner: Runner, ids: Tensor, config: PruneConfig) -> Found:
     return Found(name, views, groups, chosen, notes)
 
 
-def _wanted(view: WeightView, config: PruneConfig) -> bool:
-    from fnmatch import fnmatchcase
+def _check_patterns(prefix: str, per_block: list[list[WeightView]], config: PruneConfig) -> None:
+    """A pattern that matches nothing is a slip of the pen, and not a wish for nothing."""
+    inside = {v.name: None for row in per_block for v in row}
+    full = {f"{prefix}.{i}.{v.name}": None for i, row in enumerate(per_block) for v in row}
+    patterns = config.layers if isinstance(config.layers, tuple) else ()
+    for field_name, names, possible in (("layers", patterns, inside), ("layer_sparsity", config.layer_sparsity, full)):
+        for pattern in names:
+            if not any(fnmatch.fnmatchcase(n, pattern) for n in possible):
+                raise ConfigError(f"{field_name} has the pattern {pattern!r}, which matches none of: {', '.join(list(possible)[:12])}.")
 
+
+def _wanted(view: WeightView, config: PruneConfig) -> bool:
     if isinstance(config.layers, tuple):
-        return any(fnmatchcase(view.name, pattern) for pattern in config.layers)
+        return any(fnmatch.fnmatchcase(view.name, pattern) for pattern in config.layers)
     return config.layers == "all" or view.attention == (config.layers == "attention")
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from . import progress, runs
+from . import progress, runs, testsets
 from .assets import cache_dir
 from .config import one_of, require, to_dict
 from .overfit import verdict
@@ -25,6 +25,11 @@ FIRST = ("id", "created", "tag", "model", "corpus", "criterion", "technique", "p
 "Columns that lead the table, in this order, where the history has them."
 HIGHER = ("accuracy/", "speed/")
 "Measurements of which more is better."
+TEXTS = {
+    "wiki": "Wikipedia articles that are none of the calibration's",
+    "news": "news stories, another domain",
+    "pydocs": "prose of Python's docstrings, a technical domain",
+}
 BOUNDS = ("/low", "/high")
 "Interval ends: in the export, not in the table."
 
@@ -167,6 +172,15 @@ def evaluation(record: dict[str, Any]) -> str:
     tables = [DataFrame(record[part]) for part in ("perplexity", "zero_shot") if len(record.get(part) or ())]
     facts = _flat({part: record[part] for part in ("size", "speed", "cost") if record.get(part)})
     return "\n\n".join([*(text_table(t.drop(columns="nll", errors="ignore")) for t in tables), _pairs(facts)])
+
+
+def test_sets() -> str:
+    """The sets on which a pruned model is compared with its original: fixed texts, and those made for a model."""
+    fixed = [{"kind": "text", "size": corpus, "fingerprint": testsets.text_sum(corpus), "about": about} for corpus, about in TEXTS.items()]
+    import pandas as pd
+
+    table = pd.DataFrame([*fixed, *testsets.listed()], columns=["kind", "size", "seed", "fingerprint", "about"])
+    return f"Test sets\n{text_table(table.astype(object).where(table.notna(), ''))}\n\nCache"
 
 
 def cached() -> str:

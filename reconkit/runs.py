@@ -26,9 +26,9 @@ import pandas as pd
 import torch
 from filelock import FileLock
 
-from . import assets, data, evaluation, models, pruning, selfgen
+from . import assets, cost, data, evaluation, models, pruning, testsets
 from .checkpoint import code_hash
-from .config import ConfigError, RunConfig, from_dict, require, to_dict
+from .config import SELF, ConfigError, RunConfig, from_dict, require, to_dict
 from .overfit import verdict
 from .reconstruct import resolve_precision
 
@@ -46,11 +46,16 @@ ROOMS = (
     "runs",
     "selfgen",
     "streams",
+    "testsets",
 )
 "Sources that decide a number."
-LIBRARIES = ("torch", "transformers", "numpy", "tokenizers", "datasets", "lm_eval")
+LIBRARIES = ("torch", "transformers", "numpy", "tokenizers", "datasets", "lm_eval", "py3langid")
 NEEDED = 10**9  # free bytes without which no run begins
 DEFAULT_LIMIT = "20GB"
+DENSE = ("model", "prune", "evaluate", "test", "test_count", "test_length", "tasks", "limit", "draw", "device", "dtype")
+"What of a configuration decides the measurements of a dense model."
+CLOZE = 32  # samples in which blanks are made
+PREFIXES = 256  # beginnings of real text that self-generated ones are drawn from
 ERRORS = ["block", "source", "mse", "nmse"]
 TRAINING = ["window", "epoch", "source", "loss"]
 
@@ -91,9 +96,12 @@ def run(run_config: RunConfig) -> Run:
     Raises:
         ConfigError: a model, corpus or value that no source knows, before any work.
         OSError: the disk has no room for a record.
+        RuntimeError: the process that did the work on the CPU was killed, for want of memory say.
     """
     for corpus in _corpora(run_config):
         data.check_corpus(corpus)
+    for field in ("held_out", "test"):
+        _check_names(field, getattr(run_config, field))
     if "zero_shot" in run_config.evaluate:
         evaluation.check_tasks(run_config.tasks)
     cache_limit()
@@ -113,7 +121,11 @@ def run(run_config: RunConfig) -> Run:
                     str(folder),
                 )
             with tempfile.TemporaryDirectory(prefix=f".{id}-", dir=folder, ignore_cleanup_errors=True) as staging:
-                _compute(run_config, id, parts, Path(staging) / "new")
+                task = (run_config, id, parts, Path(staging) / "new")
+                if models.resolve_device(run_config.device) == "cpu":
+                    cost.apart(_compute, *task)  # memory that was freed before would hide a peak
+                else:
+                    _compute(*task)
                 if (folder / id / "tag").is_file():
                     shutil.copy(folder / id / "tag", Path(staging) / "new" / "tag")
                 shutil.rmtree(folder / id, ignore_errors=True)
@@ -132,26 +144,39 @@ def fingerprint(run_config: RunConfig) -> str:
 def _parts(config: RunConfig) -> dict[str, Any]:
     """Everything that decides the numbers of a run."""
     plain = to_dict(config)
-    del plain["tag"], plain["keep_model"]
-    device = models.resolve_device(config.device)
+    del plain["tag"], plain["keep_model"], plain["test_seed"]
+    plain |= {"draw": config.draw, "test_length": config.test_length or config.length}
     texts = {(config.corpus, "train"), *((c, "validation") for c in config.held_out), *((c, "test") for c in config.test)}
+    if config.prune:
+        del plain["prune"]["overfit"]  # which decides words only
+    else:  # the dense model is the same whatever others are calibrated with
+        plain = {name: value for name, value in plain.items() if name in DENSE}
+        texts = {(c, "test") for c in config.test}
+    if not config.self_generated and config.corpus != SELF:
+        plain.pop("selfgen", None)
+    texts = {(corpus, split) for corpus, split in texts if corpus != SELF}
+    extra = [config.extra] if config.extra and config.prune else []
+    device = models.resolve_device(config.device)
     return {
         "configuration": json.loads(json.dumps(plain)),
         "model": models.identity(config.model),
-        "texts": sorted(data.identity(*text) for text in texts) + ([data.identity(config.extra)] if config.extra else []),
+        "texts": sorted(data.identity(*text) for text in texts) + [data.identity(file) for file in extra],
+        "tasks": {task: data.task_identity(task) for task in config.tasks} if "zero_shot" in config.evaluate else {},
         "precision": resolve_precision(config.prune.precision, device) if config.prune and config.prune.trains else "fp32",
         **platform_key(device),
     }
 
 
 def platform_key(device: str = "auto") -> dict[str, Any]:
-    """What of this machine and this code decides numbers: device kind, threads, sources, versions."""
+    """What of this machine and this code decides numbers: device kind, sources, versions.
+
+    The number of threads, like the processor, only decides in which order sums are taken; the record's environment has both.
+    """
     return {
         "device": models.resolve_device(device).split(":")[0],
-        "threads": torch.get_num_threads(),
         "code": code_hash(ROOMS),
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in ("torch", "transformers", "numpy", "tokenizers", "lm_eval")},
+        "versions": {name: _version(name) for name in LIBRARIES},
     }
 
 
@@ -163,41 +188,44 @@ def _compute(config: RunConfig, id: str, parts: dict[str, Any], folder: Path) ->
     """Do the work and write the whole record into `folder`."""
     started = time.time()
     model, tokenizer = models.load_model(config.model, dtype=getattr(torch, config.dtype), device=config.device)
-    if "perplexity" in config.evaluate:  # too little text is said before anything is pruned
-        for corpus in config.test:
-            data.load_samples(corpus, tokenizer, count=config.test_count, length=config.test_length or config.length, split="test", seed=config.seed)
+    tested, own, blanks = _test_sets(config, model, tokenizer)  # too little text is said before anything is pruned
     errors, training, notes = pd.DataFrame(columns=ERRORS), pd.DataFrame(columns=TRAINING), []
     metrics: dict[str, float] = {"sparsity": 0.0}
     if config.prune is not None:
-        options = {"length": config.length, "seed": config.seed}
-        samples = data.load_samples(config.corpus, tokenizer, count=config.count, **options)
+        options = {"length": config.length, "seed": config.draw}
+        samples, extra = _training_samples(config, model, tokenizer)
         held_out = {_name(c): data.load_samples(c, tokenizer, count=config.held_out_count, split="validation", **options) for c in config.held_out}
-        result = pruning.prune(model, samples, config.prune, extra=_extra(config, model, tokenizer), held_out=held_out)
+        result = pruning.prune(model, samples, config.prune, extra=extra, held_out=held_out)
         errors, training, notes = result.errors, result.training, result.notes
         metrics |= {"sparsity": result.sparsity, "seconds/prune": result.seconds}
         metrics |= {f"memory/{kind}": count for kind, count in result.peak_memory.items()}
+        metrics |= {"data per parameter": result.per_parameter} if result.per_parameter is not None else {}
         for row in errors[errors.block == errors.block.max()].itertuples():
             metrics |= {f"nmse/{row.source}": row.nmse, f"mse/{row.source}": row.mse}
     record = evaluation.evaluate(
         model,
         tokenizer,
-        perplexity=config.test if "perplexity" in config.evaluate else (),
+        perplexity=tested,
+        texts=own,
+        blanks=blanks,
         count=config.test_count,
         length=config.test_length or config.length,
         tasks=config.tasks if "zero_shot" in config.evaluate else (),
         limit=config.limit,
         speed="speed" in config.evaluate,
-        seed=config.seed,
+        seed=config.draw,
     )
     for row in record["perplexity"]:
         name = f"perplexity/{_name(row['corpus'])}"
         metrics |= {name: row["value"], f"{name}/low": row["low"], f"{name}/high": row["high"]}
+    if record["cloze"]:
+        metrics |= {f"accuracy/cloze{end}": record["cloze"][name] for end, name in (("", "value"), ("/low", "low"), ("/high", "high"))}
     for row in record["zero_shot"]:
         metrics |= {f"accuracy/{row['task']}": row["value"], f"accuracy/{row['task']}/low": row["low"], f"accuracy/{row['task']}/high": row["high"]}
     metrics |= {f"speed/{name}": value for name, value in (record["speed"] or {}).items()}
     metrics |= {f"size/{name}": record["size"][name] for name in ("parameters", "bytes")}
     metrics["seconds/evaluate"] = record["cost"]["seconds"]
-    word, reasons = verdict(_Tables(errors, training))
+    word, reasons = verdict(_Tables(errors, training, config, metrics))
     folder.mkdir()
     errors.to_csv(folder / "errors.csv", index=False)
     training.to_csv(folder / "training.csv", index=False)
@@ -222,26 +250,71 @@ def _compute(config: RunConfig, id: str, parts: dict[str, Any], folder: Path) ->
 class _Tables:
     errors: pd.DataFrame
     training: pd.DataFrame
+    config: RunConfig
+    metrics: dict[str, float]
 
 
-def _extra(config: RunConfig, model: Any, tokenizer: Any) -> torch.Tensor | None:
-    """Samples that only train: a file's, the model's own, or both."""
-    found = []
-    if config.extra:
-        found.append(data.load_samples(config.extra, tokenizer, count=None, length=config.length, seed=config.seed))
-    if config.self_generated:
-        found.append(selfgen.self_generate(model, tokenizer, count=config.self_generated, length=config.length, seed=config.seed))
-    return torch.cat(found) if found else None
+def _training_samples(config: RunConfig, model: Any, tokenizer: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What chooses the masks and trains, and what only trains: a file's, further real ones, the model's own, or all of these."""
+    options = {"length": config.length, "seed": config.seed}
+    own = _own(config, model, tokenizer, config.self_generated + (config.count if config.corpus == SELF else 0))
+    if config.corpus == SELF:
+        samples, own, more = own[: config.count], own[config.count :], None
+    else:
+        drawn = data.load_samples(config.corpus, tokenizer, count=config.count + config.more, **options)
+        samples, more = drawn[: config.count], drawn[config.count :]
+    written = data.load_samples(config.extra, tokenizer, count=None, **options) if config.extra else None
+    found = [part for part in (written, more, own) if part is not None and len(part)]
+    return samples, torch.cat(found) if found else None
+
+
+def _own(config: RunConfig, model: Any, tokenizer: Any, count: int) -> torch.Tensor | None:
+    """Text that the dense model writes, made once for all runs that ask for it."""
+    if not count:
+        return None
+    prefixes = None
+    if config.selfgen.start == "prefix":
+        prefixes = data.load_samples(config.corpus, tokenizer, count=PREFIXES, length=config.selfgen.prefix_length, seed=config.seed)
+    options = {"length": config.length, "seed": config.seed, "config": config.selfgen, "prefixes": prefixes}
+    return testsets.own_text(model, tokenizer, count=count, **options)
+
+
+def _test_sets(config: RunConfig, model: Any, tokenizer: Any) -> tuple[list[str], dict[str, torch.Tensor], tuple[torch.Tensor, torch.Tensor] | None]:
+    """Corpora of the perplexity, the dense model's own test text by name, and the cloze set; made while the model is dense."""
+    options = {"count": config.test_count, "length": config.test_length or config.length, "seed": config.draw}
+    real = [corpus for corpus in config.test if corpus != SELF]
+    own: dict[str, torch.Tensor] = {}
+    if "perplexity" in config.evaluate:
+        for corpus in real:
+            data.load_samples(corpus, tokenizer, split="test", **options)
+        if SELF in config.test:
+            count = config.test_count or RunConfig.test_count
+            own[SELF] = testsets.own_test(model, tokenizer, **{**options, "count": count})
+    blanks = None
+    if "cloze" in config.evaluate:
+        require(len(real) > 0, "test", config.test, "a list with a corpus in it, from which cloze items can be made")
+        samples = data.load_samples(real[0], tokenizer, split="test", **{**options, "count": CLOZE})
+        blanks = samples, testsets.cloze_set(model, tokenizer, samples, f"{real[0]} test", seed=config.draw)
+    return real if "perplexity" in config.evaluate else [], own, blanks
 
 
 def _corpora(config: RunConfig) -> list[str]:
     models.check_model(config.model)
-    return [config.corpus, *config.held_out, *config.test, *([config.extra] if config.extra else [])]
+    named = [config.corpus, *config.held_out, *config.test, *([config.extra] if config.extra else [])]
+    require(SELF not in config.held_out, "held_out", config.held_out, "a list of corpora without self, which is possible as corpus and in test")
+    return [corpus for corpus in named if corpus != SELF]
 
 
 def _name(corpus: str) -> str:
     """A corpus in the name of a measurement: a file without its folder."""
     return Path(corpus).name if Path(corpus).suffix in data.FILES else corpus
+
+
+def _check_names(field: str, corpora: Sequence[str]) -> None:
+    """Refuse two texts whose measurements would have one name."""
+    names = [_name(corpus) for corpus in corpora]
+    twice = [corpus for corpus, name in zip(corpora, names, strict=True) if names.count(name) > 1]
+    require(not twice, field, ", ".join(twice), "texts of different names, since their measurements are kept by name; rename a file, or leave it out")
 
 
 def _folder() -> Path:
@@ -256,7 +329,7 @@ def _read(folder: Path, *, cached: bool = True) -> Run:
     return Run(record["id"], folder, config, record["metrics"], errors, training, record["notes"], record, cached)
 
 
-def _all() -> list[Run]:
+def records() -> list[Run]:
     """Every whole record, oldest first; a damaged one is named on stderr and skipped."""
     found = []
     for file in sorted(_folder().glob("*/record.json"), key=lambda f: f.stat().st_mtime):
@@ -270,7 +343,7 @@ def _all() -> list[Run]:
 def history() -> pd.DataFrame:
     """One row a run: how it was made, its verdict, and every measurement in a column of its own."""
     rows = []
-    for r in _all():
+    for r in records():
         how = r.config.prune
         facts = {
             "id": r.id,
@@ -285,13 +358,34 @@ def history() -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def changes(run: Run, against: Run) -> pd.DataFrame:
+    """What changed from `against` to `run` on every test set that both answered, with the paired 95 % interval.
+
+    Returns:
+        set, measure ("perplexity": relative change; "accuracy": difference), value, low, high, lower_is_better.
+    """
+    rows = []
+    others = {row["corpus"]: row for row in against.record["evaluation"]["perplexity"]}
+    for row in run.record["evaluation"]["perplexity"]:
+        other = others.get(row["corpus"])
+        if other and len(other["nll"]) == len(row["nll"]) and other["length"] == row["length"]:
+            ratio = evaluation.perplexity_ratio(torch.tensor(row["nll"]), torch.tensor(other["nll"]))
+            rows.append((row["corpus"], "perplexity", *(value - 1 for value in ratio), True))
+    own, other = run.record["evaluation"].get("cloze"), against.record["evaluation"].get("cloze")
+    if own and other and own["sample"] == other["sample"]:
+        difference = torch.tensor(own["right"]) - torch.tensor(other["right"])
+        value, error = float(difference.double().mean()), evaluation.clustered_error(difference, torch.tensor(own["sample"]))
+        rows.append(("cloze", "accuracy", value, value - evaluation.Z95 * error, value + evaluation.Z95 * error, False))
+    return pd.DataFrame(rows, columns=["set", "measure", "value", "low", "high", "lower_is_better"])
+
+
 def find(run: str) -> Run:
     """A run by its id, the beginning of it, or its tag.
 
     Raises:
         ConfigError: no run or several are called so.
     """
-    known = _all()
+    known = records()
     found = [r for r in known if r.config.tag == run] or [r for r in known if r.id.startswith(run)]
     if len(found) == 1:
         return found[0]
@@ -307,7 +401,7 @@ def tag(run: str, tag: str) -> None:
     """
     _check_tag(tag)
     chosen = find(run)
-    for other in _all():
+    for other in records():
         if other.config.tag == tag and other.id != chosen.id:
             (other.folder / "tag").unlink()
     (chosen.folder / "tag").write_text(tag, encoding="utf-8")

@@ -1,24 +1,49 @@
-"""The dense model writing its own calibration text (paper, section 4)."""
+"""The dense model writing its own calibration text (paper, section 4).
+
+One random token, four greedy ones, the rest sampled; kept if it is whole and in the right language; a random crop of it.
+Batch b of seed s has random numbers of its own, so that an interrupted file goes on where it stopped and ends the same.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import os
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from .config import require
+from .config import ConfigError, SelfGenConfig, require, to_dict
+from .evaluation import sequence_nll, weights_sum
 from .progress import Progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-GREEDY = 4  # tokens that follow the random first one greedily, so that sampling starts from something likely
-TRIES = 8  # times as many sequences as asked for may be written before giving up
+LEAST = 0.05  # share of the written texts that must be kept
+PATIENCE = 128  # texts that are written before that is judged
+LETTERS = 40  # of a text, below which no language can be told
+SYMBOLS = set("{}<>[]()=;_|\\/#*+^~`$@&")
+BYTES = 1000  # a vocabulary up to this size is single bytes, which make no words
+RUN = 4  # tokens of the runs that are counted for repetition
+
+
+@dataclass
+class Generated:
+    """Texts that were kept, and what became of the others."""
+
+    tokens: Tensor
+    "(count, length)"
+    perplexity: list[float]
+    "Of each text under the model that wrote it."
+    counts: dict[str, int] = field(default_factory=dict)
+    "Texts that were written, then those left after each filter, in order."
 
 
 def self_generate(
@@ -28,70 +53,255 @@ def self_generate(
     count: int,
     length: int,
     seed: int = 0,
-    temperature: float = 1.0,
-    batch_size: int = 32,
-    keep: Callable[[str], bool] | None = None,
+    config: SelfGenConfig | None = None,
+    prefixes: Tensor | None = None,
     progress: bool = True,
 ) -> Tensor:
-    """Text that the model samples from itself, (count, length): one random token, four greedy ones, the rest sampled.
-
-    Sequences that end early are dropped, and so are those that `keep` refuses (the paper keeps what is detected as
-    English).
+    """Text that the model samples from itself, (count, length).
 
     Args:
-        temperature: of the sampling; 1 is the model's own distribution.
-        batch_size: sequences written at once; another one gives other text.
-        keep: called with the decoded text.
+        config: the recipe; None is the paper's. See `SelfGenConfig`.
+        prefixes: token ids (M, at least `config.prefix_length`) of real text, of which each text starts with one, when
+            `config.start` is "prefix".
 
     Raises:
-        ConfigError: `length` is not between 6 and the model's context, or `count` is not positive.
-        RuntimeError: eight times as many sequences were written and too few of them kept.
+        ConfigError: `length` does not fit the recipe or the model's context, or prefixes are missing.
+        RuntimeError: fewer than 5 % of the texts are kept; the message says what each filter left.
     """
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or length
-    require(count >= 1, "count", count, "a whole number of at least 1")
-    require(GREEDY + 2 <= length <= context, "length", length, f"from {GREEDY + 2} to the model's context of {context} tokens")
-    special = set(tokenizer.all_special_ids)
-    first = torch.tensor([i for i in range(len(tokenizer)) if i not in special])
-    kept: list[Tensor] = []
-    written = 0
-    devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), Progress("self-generated text", count, show=progress) as bar:
-        torch.manual_seed(seed)
-        while len(kept) < count and written < TRIES * max(count, batch_size):
-            ids = first[torch.randint(len(first), (batch_size, 1))].to(model.device)
-            written += batch_size
-            for sample, new in ((False, GREEDY), (True, length - GREEDY - 1)):
-                if len(ids):
-                    options = (
-                        {"temperature": temperature, "top_k": 0, "top_p": 1.0} if sample else {"temperature": None, "top_k": None, "top_p": None}
-                    )
-                    ids = model.generate(
-                        ids,
-                        attention_mask=torch.ones_like(ids),
-                        do_sample=sample,
-                        max_new_tokens=new,
-                        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-                        repetition_penalty=1.0,
-                        **options,
-                    )
-                    ids = ids[[not special & set(row) for row in ids.tolist()]]
-            if len(ids) and ids.shape[1] < length:
-                continue
-            found = [row for row in ids.cpu() if keep is None or keep(tokenizer.decode(row))][: count - len(kept)]
+    return generate(model, tokenizer, count=count, length=length, seed=seed, config=config, prefixes=prefixes, progress=progress).tokens
+
+
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    count: int,
+    length: int,
+    seed: int = 0,
+    config: SelfGenConfig | None = None,
+    prefixes: Tensor | None = None,
+    progress: bool = True,
+    partial: Path | None = None,
+) -> Generated:
+    """As `self_generate`, with the perplexities and the counts.
+
+    Args:
+        partial: a file that keeps every finished batch, and from which the same call goes on.
+
+    Raises:
+        ConfigError: as `self_generate`; `partial` holds text of other settings or of another model.
+        RuntimeError: as `self_generate`; what was kept stays in `partial`.
+    """
+    config = config or SelfGenConfig()
+    _check(model, config, count, length, prefixes)
+    needed = math.ceil(count / (1 - config.unlikely))
+    filters = _filters(tokenizer, config)
+    counts = dict.fromkeys(["written", "whole", *filters], 0)
+    kept: list[tuple[list[int], float]] = []
+    batch = 0
+    if partial is not None:
+        for record in _resume(partial, made_by(model, config, length=length, seed=seed, prefixes=prefixes)):
+            batch, counts = record["batch"], record["counts"]
+            kept += [(tokens, value) for tokens, value in record["kept"]]
+    with Progress("self-generated text", needed, show=progress) as bar:
+        bar.step(min(len(kept), needed))
+        while len(kept) < needed:
+            if counts["written"] >= PATIENCE and len(kept) < LEAST * counts["written"]:
+                raise RuntimeError(f"The model wrote too little that could be kept: {told(counts)}; another language, start or temperature may help.")
+            rows = _batch(model, tokenizer, length, _mix(seed, batch), config, prefixes)
+            counts["written"] += config.batch_size
+            counts["whole"] += len(rows)
+            for name, keep in filters.items():
+                rows = [row for row in rows if keep(row)]
+                counts[name] += len(rows)
+            nll = sequence_nll(model, torch.stack(rows), batch_size=config.batch_size) if rows else torch.empty(0)
+            found = [(row.tolist(), float(value.exp())) for row, value in zip(rows, nll, strict=True)]
             kept += found
-            bar.step(len(found))
-    if len(kept) < count:
-        raise RuntimeError(f"The model wrote {written} sequences, but only {len(kept)} of {count} were whole and kept; ask for shorter ones.")
-    return torch.stack(kept)
+            batch += 1
+            if partial is not None:
+                _append(partial, {"batch": batch, "kept": found, "counts": counts})
+            bar.step(min(len(found), needed - bar.done))
+    chosen = kept[:needed]
+    if config.unlikely:
+        limit = sorted(value for _, value in chosen)[count - 1]
+        chosen = [row for row in chosen if row[1] <= limit]
+        counts["likely"] = round((1 - config.unlikely) * len(kept))
+    chosen = chosen[:count]
+    return Generated(torch.tensor([tokens for tokens, _ in chosen]), [value for _, value in chosen], counts)
 
 
-def write_jsonl(file: str | Path, samples: Tensor, tokenizer: PreTrainedTokenizerBase) -> Path:
-    """One {"text", "tokens"} a line; `load_samples` takes the tokens as they are."""
+def write(
+    file: str | Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    count: int,
+    length: int,
+    seed: int = 0,
+    config: SelfGenConfig | None = None,
+    prefixes: Tensor | None = None,
+    progress: bool = True,
+) -> Generated:
+    """`generate` into a .jsonl file: one {"text", "tokens", "perplexity", "made"} a line; `load_samples` takes the tokens as they are.
+
+    An interrupted call leaves `<file>.partial`, from which the same call goes on; it ends with the same bytes.
+
+    Raises:
+        ConfigError, RuntimeError: as `generate`.
+    """
     path = Path(file)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    with partial.open("w", encoding="utf-8") as out:
-        for row in samples:
-            out.write(json.dumps({"text": tokenizer.decode(row), "tokens": row.tolist()}, ensure_ascii=False) + "\n")
-    os.replace(partial, path)
-    return path
+    partial = path.with_name(f"{path.name}.partial")
+    made = made_by(model, config or SelfGenConfig(), length=length, seed=seed, prefixes=prefixes)
+    found = generate(model, tokenizer, count=count, length=length, seed=seed, config=config, prefixes=prefixes, progress=progress, partial=partial)
+    whole = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with whole.open("w", encoding="utf-8", newline="\n") as out:
+            for row, value in zip(found.tokens.tolist(), found.perplexity, strict=True):
+                line = {"text": tokenizer.decode(row), "tokens": row, "perplexity": round(value, 4), "made": made}
+                out.write(json.dumps(line, ensure_ascii=False) + "\n")
+        os.replace(whole, path)
+    finally:
+        whole.unlink(missing_ok=True)
+    partial.unlink(missing_ok=True)
+    return found
+
+
+def told(counts: dict[str, int]) -> str:
+    """The counts as a sentence's part: "64 written, 40 whole, 38 in en"."""
+    return ", ".join(f"{n} {name}" for name, n in counts.items())
+
+
+def made_by(model: PreTrainedModel, config: SelfGenConfig, *, length: int, seed: int, prefixes: Tensor | None = None) -> dict[str, Any]:
+    """What decides the texts besides their number: the weights, the seed and every setting."""
+    start = {"prefixes": hashlib.sha256(prefixes.cpu().numpy().tobytes()).hexdigest()[:16]} if prefixes is not None else {}
+    name = Path(model.config._name_or_path or type(model).__name__).name
+    return {"model": name, "weights": weights_sum(model)[:16], "length": length, "seed": seed, **to_dict(config), **start}
+
+
+@torch.no_grad()
+def _batch(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, length: int, seed: int, config: SelfGenConfig, prefixes: Tensor | None
+) -> list[Tensor]:
+    """Random crops (length,) of the texts of one batch that did not end early."""
+    written = config.written or length
+    end = [tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id][0]
+    special = torch.tensor(sorted({*tokenizer.all_special_ids, *_ends(model)}))
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        if config.start == "prefix":
+            ids = prefixes[torch.randint(len(prefixes), (config.batch_size,)), : config.prefix_length]
+            steps = [(True, written - config.prefix_length)]
+        else:
+            plain = torch.ones(min(len(tokenizer), model.get_input_embeddings().num_embeddings), dtype=torch.bool)
+            plain[special[special < len(plain)]] = False
+            words = plain.nonzero().flatten()
+            if not len(words):
+                return []
+            ids = words[torch.randint(len(words), (config.batch_size, 1))]
+            steps = [(False, config.greedy), (True, written - 1 - config.greedy)]
+        ids = ids.to(model.device)
+        for sample, new in steps:
+            if new and len(ids):
+                free = {"temperature": config.temperature, "top_k": 0, "top_p": 1.0} if sample else dict.fromkeys(("temperature", "top_k", "top_p"))
+                mask = torch.ones_like(ids)
+                ids = model.generate(ids, attention_mask=mask, do_sample=sample, max_new_tokens=new, pad_token_id=end, repetition_penalty=1.0, **free)
+                ids = ids[~torch.isin(ids, special.to(ids.device)).any(1)]  # those that ended
+        if not len(ids) or ids.shape[1] < written:
+            return []
+        starts = torch.randint(written - length + 1, (len(ids),)).tolist()
+    return [row[start : start + length] for row, start in zip(ids.cpu(), starts, strict=True)]
+
+
+def _ends(model: PreTrainedModel) -> list[int]:
+    found = model.generation_config.eos_token_id
+    return found if isinstance(found, list) else [] if found is None else [found]
+
+
+def _filters(tokenizer: PreTrainedTokenizerBase, config: SelfGenConfig) -> dict[str, Callable[[Tensor], bool]]:
+    """Each filter that is asked for, by the word that its count is called."""
+    filters: dict[str, Callable[[Tensor], bool]] = {}
+    asked = config.language if config.language != "auto" else "en" if len(tokenizer) > BYTES else None
+    if asked is not None:
+        filters[f"in {asked}"] = lambda row: language(tokenizer.decode(row)) == asked
+    if config.symbols is not None:
+        filters["not code-like"] = lambda row: symbols(tokenizer.decode(row)) <= config.symbols
+    if config.distinct is not None:
+        filters["not repeating"] = lambda row: distinct(row.tolist()) >= config.distinct
+    return filters
+
+
+def language(text: str) -> str | None:
+    """ISO 639-1 code of a text's most likely language; None where it has too few letters to tell."""
+    if sum(c.isalpha() for c in text) < LETTERS:
+        return None
+    return _classifier()(text)[0]
+
+
+@lru_cache
+def _classifier() -> Callable[[str], tuple[str, float]]:
+    import py3langid  # its model takes half a second to load
+
+    return py3langid.classify
+
+
+def symbols(text: str) -> float:
+    """Share of the characters that code is full of."""
+    return sum(c in SYMBOLS for c in text) / max(1, len(text))
+
+
+def distinct(tokens: list[int]) -> float:
+    """Share of distinct runs of four tokens among all of them; text that repeats itself has few."""
+    runs = list(zip(*(tokens[i:] for i in range(RUN)), strict=False))
+    return len(set(runs)) / max(1, len(runs))
+
+
+def _check(model: PreTrainedModel, config: SelfGenConfig, count: int, length: int, prefixes: Tensor | None) -> None:
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or max(length, config.written or length)
+    require(count >= 1, "count", count, "a whole number of at least 1")
+    least = config.first + 1
+    require(least <= length <= context, "length", length, f"from {least} to the model's context of {context} tokens")
+    require(
+        config.written is None or length <= config.written <= context,
+        "written",
+        config.written,
+        f"from length ({length}) to the model's context of {context} tokens",
+    )
+    if config.start == "prefix":
+        there = prefixes is not None and prefixes.ndim == 2 and len(prefixes) > 0 and prefixes.shape[1] >= config.prefix_length
+        require(there, "prefixes", None if prefixes is None else tuple(prefixes.shape), f"tokens (any number, at least {config.prefix_length})")
+
+
+def _resume(partial: Path, made: dict[str, Any]) -> list[dict[str, Any]]:
+    """The record of each finished batch; a line that was cut off or damaged is removed, and so is what follows it."""
+    made = json.loads(json.dumps(made))
+    text = partial.read_text(encoding="utf-8", errors="replace") if partial.is_file() else ""
+    whole = []
+    for line in text[: text.rfind("\n") + 1].split("\n")[:-1]:
+        try:
+            whole.append((line + "\n", json.loads(line)))
+        except ValueError:
+            break
+    if not whole:
+        partial.unlink(missing_ok=True)
+        _append(partial, {"made": made})
+        return []
+    known = whole[0][1].get("made") or {}
+    differs = sorted({*known, *made} - {k for k in made if k in known and known[k] == made[k]})
+    if differs:
+        raise ConfigError(f"{partial} holds texts made with another {' and another '.join(differs)}; ask for the same again, or delete it.")
+    aside = partial.with_name(f".{partial.name}")
+    aside.write_text("".join(line for line, _ in whole), encoding="utf-8", newline="\n")
+    os.replace(aside, partial)
+    return [record for _, record in whole[1:]]
+
+
+def _append(partial: Path, record: dict[str, Any]) -> None:
+    with partial.open("a", encoding="utf-8", newline="\n") as out:
+        out.write(json.dumps(record) + "\n")
+
+
+def _mix(seed: int, batch: int) -> int:
+    """One number of 63 bits for a seed and a batch."""
+    return int.from_bytes(hashlib.sha256(f"self-generated {seed} {batch}".encode()).digest()[:8], "big") >> 1

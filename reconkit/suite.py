@@ -44,6 +44,8 @@ from .config import ConfigError, one_of, require
 
 PUBLISHED = "published"
 OUT_DIR = "out_dir"
+PATHS = ("model", "corpus", "held_out", "test", "extra")
+"Parameters whose value may be a path."
 TIMED = ("seconds/", "memory/", "speed/", "ratio/")
 "Beginnings of measurements that differ between machines and are shown without a judgement."
 TOLERANCE = 0.03
@@ -135,7 +137,27 @@ def _entry(file: Path, row: Mapping[str, Any], defaults: Mapping[str, Any]) -> E
     for key, value in chosen.items():
         require(key in known and key != OUT_DIR, f"{where}: parameter", key, one_of(tuple(k for k in known if k != OUT_DIR)))
         require(_fits(value, known[key]), f"{where}: {key}", value, f"a {type(known[key]).__name__}, like {known[key]!r}")
-    return Entry(name, notebook, {k: v for k, v in known.items() if k != OUT_DIR} | chosen, float(minutes), alone)
+    final = {k: _absolute(k, v, file.parent) for k, v in (known | chosen).items() if k != OUT_DIR}
+    return Entry(name, notebook, final, float(minutes), alone)
+
+
+def _absolute(name: str, value: Any, folder: Path) -> Any:
+    """A model or text that lies beside the caller or the manifest, by its whole path: the notebook works in a folder of its own."""
+    if isinstance(value, list):
+        return [_absolute(name, part, folder) for part in value]
+    if name not in PATHS or not isinstance(value, str) or value in (*data.NAMED, models.OFFLINE, models.TINY):
+        return value
+    places = [] if Path(value).is_absolute() else [Path.cwd() / value, folder / value]
+    is_there = _is_model if name == "model" else _is_text
+    return next((os.path.abspath(place) for place in places if is_there(place)), value)
+
+
+def _is_model(path: Path) -> bool:
+    return (path / "config.json").is_file() or (path.suffix == ".gguf" and path.is_file())
+
+
+def _is_text(path: Path) -> bool:
+    return path.suffix in data.FILES and path.is_file()
 
 
 def _known(where: str, table: Mapping[str, Any], possible: Sequence[str]) -> None:
@@ -207,17 +229,22 @@ def _texts(parameters: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def run(manifest: str | Path, *, only: str | None = None, jobs: int = 1, dry_run: bool = False, force: bool = False) -> int:
+def run(manifest: str | Path, *, only: str | None = None, jobs: int | None = None, dry_run: bool = False, force: bool = False) -> int:
     """Run what is new or changed of a suite; returns the exit status: 0, or 1 when an entry failed.
+
+    Args:
+        jobs: notebooks at once; None: two on a CPU, because two with half of the threads each finish sooner than one after the
+            other (small products leave threads waiting), and one on a GPU.
 
     Raises:
         ConfigError: the manifest is wrong; nothing has run.
     """
     suite = load_manifest(manifest)
+    platform = runs.platform_key()
+    jobs = jobs if jobs is not None else 2 if platform["device"] == "cpu" and (os.cpu_count() or 1) > 1 else 1
     require(isinstance(jobs, int) and jobs >= 1, "--jobs", jobs, "a whole number of at least 1")
     chosen = [e for e in suite.entries if only is None or fnmatch.fnmatchcase(e.name, only)]
     require(len(chosen) > 0, "--only", only, "a pattern that matches one of " + ", ".join(e.name for e in suite.entries))
-    platform = runs.platform_key()
     keys = {e.name: key(e, platform) for e in chosen}
     todo = [e for e in chosen if force or _state(suite, e, keys[e.name]) != "unchanged"]
     if dry_run:
@@ -282,6 +309,9 @@ def _start(suite: Suite, entry: Entry, jobs: int) -> _Running:
     staging.chmod(0o755)
     (staging / "params.json").write_text(json.dumps(entry.parameters, indent=1) + "\n", encoding="utf-8")
     folders = {name: os.path.abspath(os.environ[name]) for name in ("RECONKIT_CACHE", "RECONKIT_DATA") if os.environ.get(name)}
+    if links := os.environ.get("PIP_FIND_LINKS"):
+        there = {word: Path(word).absolute().as_uri() for word in links.split() if os.path.exists(word) and not os.path.isabs(word)}
+        folders["PIP_FIND_LINKS"] = " ".join(there.get(word, word) for word in links.split())  # pip splits it, so a path must hold no blank
     environment = {**os.environ, **folders, "JUPYTER_PREFER_ENV_PATH": "1", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
     if jobs > 1:
         environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // jobs))

@@ -214,6 +214,19 @@ def test_evaluate_writes_one_record(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert {"fingerprint", "size", "cost"} <= set(record)
 
 
+def test_a_record_is_written_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "record.json"
+    out.write_text("old")
+    with monkeypatch.context() as patch, pytest.raises(OSError):
+        patch.setattr(cli.os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        cli._write(out, "new")
+    assert out.read_text() == "old" and list(tmp_path.iterdir()) == [out]
+    cli._write(out, "new")
+    assert out.read_text() == "new" and list(tmp_path.iterdir()) == [out]
+    cli._write(Path(os.devnull), "new")
+    assert not Path(os.devnull).is_file()
+
+
 @pytest.fixture
 def two_runs() -> list[str]:
     """Two small runs in the history, the dense model and a pruned one."""

@@ -19,7 +19,7 @@ SOLUTIONS = sorted((ROOT / "notebooks" / "solutions").glob("*.ipynb"))
 REPOSITORY = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
 TINY = {
     "model": "tiny", "corpus": "pydocs", "held_out": ["pydocs"], "test": ["pydocs"], "count": 8, "length": 32, "epochs": 1,
-    "held_out_count": 2, "test_count": 4, "test_length": 32,
+    "held_out_count": 2, "test_count": 4, "test_length": 32, "evaluate": ["perplexity"],
 }  # fmt: skip
 both = pytest.mark.parametrize("file", NOTEBOOKS + SOLUTIONS, ids=lambda f: f"{f.parent.name}/{f.stem}")
 each = pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda f: f.stem)

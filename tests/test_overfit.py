@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import families
+import numpy as np
 import pandas as pd
 import pytest
 
 from reconkit import overfit, pruning
-from reconkit.config import PruneConfig
+from reconkit.config import ConfigError, OverfitConfig, PruneConfig, RunConfig
 
 
 def result(calibration: float, held_out: dict[str, float], held_losses: list[float] | None = None) -> SimpleNamespace:
@@ -64,9 +67,117 @@ def test_a_dense_run_is_fine() -> None:
 
 def test_ratios_and_rising_windows() -> None:
     table = overfit.ratios(result(2.0, {"wiki": 3.0}).errors)
-    assert list(table.columns) == ["block", "source", "nmse", "calibration", "ratio"] and table.ratio.tolist() == pytest.approx([1.5, 1.5])
+    assert list(table.columns) == ["block", "source", "nmse", "calibration", "ratio", "gap"]
+    assert table.ratio.tolist() == pytest.approx([1.5, 1.5]) and table.gap.tolist() == pytest.approx([0.1, 0.2])
     assert overfit.rising(result(1, {"wiki": 1}, [1.0, 0.7, 0.9]).training) == ["0", "1"]
     assert overfit.rising(result(1, {"wiki": 1}, [1.0, 0.7, 0.5]).training) == []
+
+
+def test_facts_say_where_and_when_it_turns() -> None:
+    made = result(1.0, {"wiki": 2.0}, [1.0, 0.7, 0.9])
+    made.errors.loc[(made.errors.block == 0) & (made.errors.source == "wiki"), "nmse"] = 0.11
+    found = overfit.facts(made)
+    assert found["ratio"] == 2 and found["gap"] == pytest.approx(0.2) and found["source"] == "wiki"
+    assert found["block"] == 1, "the first block from which the ratio stays above the threshold"
+    assert found["growth"] == pytest.approx(2 / 1.1)
+    assert (found["windows"], found["up"], found["window"], found["epoch"]) == (2, 2, "0", 1)
+    assert found["transfer"] == pytest.approx(np.log(1 / 0.9) / np.log(1 / 0.6))
+
+
+def test_thresholds_are_configuration() -> None:
+    made = result(1.0, {"wiki": 2.0})
+    assert overfit.verdict(made)[0] == "watch"
+    assert overfit.verdict(made, OverfitConfig(watch=2.5, overfitting=3.0))[0] == "fine"
+    assert overfit.verdict(made, OverfitConfig(watch=1.5, overfitting=1.9))[0] == "overfitting"
+    made.config = PruneConfig(overfit=OverfitConfig(watch=2.5))
+    assert overfit.verdict(made)[0] == "fine", "a result's own thresholds count"
+    with pytest.raises(ConfigError, match="watch"):
+        OverfitConfig(watch=4.0)
+
+
+def test_reasons_name_the_gain_that_does_not_hold_and_what_to_try() -> None:
+    made = result(1.0, {"wiki": 1.3}, [1.0, 0.99, 0.98])
+    made.per_parameter = 0.02
+    word, reasons = overfit.verdict(made)
+    assert word == "watch"
+    assert any("4% holds" in reason for reason in reasons)
+    assert any("0.02 calibration scalars" in reason for reason in reasons)
+    assert reasons[-1].startswith("try ") and "more calibration samples" in reasons[-1]
+    assert overfit.verdict(result(1.0, {"wiki": 1.3}))[1][-1].startswith("the final error"), "nothing to try where all is fine"
+
+
+def test_what_early_stopping_threw_away_does_not_count() -> None:
+    made = result(1.0, {"wiki": 1.2}, [1.0, 0.7, 0.9])
+    assert overfit.verdict(made)[0] == "watch"
+    made.config = PruneConfig(early_stopping=1)
+    assert overfit.verdict(made)[0] == "fine"
+    assert overfit.facts(made)["transfer"] == pytest.approx(np.log(1 / 0.7) / np.log(1 / 0.8))
+
+
+def test_live_says_each_thing_once_and_the_moment_it_turns() -> None:
+    live = overfit.Live(OverfitConfig(), windows=4)
+    errors, training = [], []
+    said = []
+    for block, ratio in enumerate([1.2, 2.1, 2.2, 3.5]):
+        errors += [(block, "calibration", 1.0, 1.0), (block, "wiki", ratio, ratio)]
+        losses = [1.0, 0.7, 0.9] if block >= 2 else [1.0, 0.9, 0.8]
+        training += [(str(block), e, "wiki", v) for e, v in enumerate(losses)] + [(str(block), e, "calibration", 1 - e / 4) for e in range(3)]
+        said.append(live.look(errors, training))
+    assert [len(s) for s in said] == [0, 1, 1, 1]
+    assert "block 1" in said[1][0] and "2.10 times" in said[1][0]
+    assert "1 of 4 windows" in said[2][0]
+    assert "block 3" in said[3][0] and "overfitting from 3" in said[3][0]
+    assert live.look(errors, training) == []
+
+
+def test_a_walk_warns_while_it_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    config = PruneConfig(technique="BR+GP", epochs=40, batch_size=2, learning_rate=2e-3, overfit=OverfitConfig(watch=1.05, overfitting=1.1))
+    samples, new = families.tokens(2, 8), {"new": families.tokens(8, 8, 1)}
+    found = pruning.prune(families.build("llama"), samples, config, held_out=new)
+    warned = [note for note in found.notes if note.startswith("Overfitting?")]
+    assert warned and warned[0] in capsys.readouterr().err
+    quiet = pruning.prune(
+        families.build("llama"), samples, replace(config, technique="LR", overfit=OverfitConfig(watch=900, overfitting=900)), held_out=new
+    )
+    assert not [note for note in quiet.notes if note.startswith("Overfitting?")]
+
+
+def run(technique: str, nll: list[float], held: float = 1.2, seed: int = 0, **how: Any) -> SimpleNamespace:
+    made = result(1.0, {"wiki": held})
+    made.id, made.config = f"{technique}-{seed}", RunConfig("tiny", seed=seed, prune=PruneConfig(technique=technique, **how))
+    made.record = {"evaluation": {"perplexity": [{"corpus": "wiki", "nll": nll}]}}
+    made.metrics = {}
+    return made
+
+
+def test_an_outcome_is_worse_beyond_the_interval_of_the_best_simpler_technique() -> None:
+    base = [3.0, 3.1, 2.9, 3.0]
+    better, worse, noisy = ([b + d for b, d in zip(base, ds, strict=True)] for ds in ([-0.1] * 4, [0.1, 0.11, 0.1, 0.09], [0.9, -0.8, 0.9, -0.8]))
+    table = overfit.outcomes([run("LR", base), run("BR", better), run("BR+GP", worse), run("BR+GP+CR", noisy), run("BR", worse, seed=1)], ["wiki"])
+    table = table.set_index("technique")
+    assert list(table.index) == ["BR", "BR+GP", "BR+GP+CR"], "the simplest has nothing simpler, and another seed is another question"
+    assert table.against.to_dict() == {"BR": "LR", "BR+GP": "BR", "BR+GP+CR": "BR"}
+    assert table.worse.to_dict() == {"BR": False, "BR+GP": True, "BR+GP+CR": False}
+    assert table.loc["BR+GP", "change"] == pytest.approx(0.2)
+
+
+def test_against_a_simpler_run_the_text_has_the_last_word() -> None:
+    simple, better, worse = run("BR+GP", [3.0, 3.1, 2.9]), run("BR+GP+CR", [2.9, 3.0, 2.8]), run("BR+GP+CR", [3.1, 3.21, 3.0])
+    for made, calibration in ((simple, 1.0), (better, 0.9), (worse, 0.9)):
+        made.final = pd.Series({"calibration": calibration, "wiki": 1.2})
+    assert overfit.verdict(better, against=simple)[0] == "fine" == overfit.verdict(worse)[0]
+    word, reasons = overfit.verdict(worse, against=simple)
+    assert word == "overfitting" and reasons[0] == "the perplexity on wiki is 10.9% above that of BR+GP"
+    worse.final["calibration"] = 1.1
+    assert overfit.verdict(worse, against=simple)[0] == "fine", "worse in every respect is not overfitting"
+
+
+def test_agreement_and_the_best_threshold() -> None:
+    ratio, worse = pd.Series([1.0, 1.5, 2.0, 3.0, 4.0]), pd.Series([False, False, True, False, True])
+    cut = overfit.best_threshold(ratio, worse)
+    assert 1.5 < cut < 2.0
+    assert overfit.agreement(ratio > cut, worse) == {"hits": 2, "misses": 0, "false alarms": 1, "quiet": 2}
+    assert overfit.best_threshold(ratio, worse & False) == np.inf
 
 
 def test_a_handful_of_samples_trained_for_long_is_called_overfitting() -> None:

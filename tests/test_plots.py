@@ -110,3 +110,26 @@ def test_saved_figures_come_with_their_data_and_are_the_same_each_time(tmp_path:
     assert set(files[0]) == {"figures/name.png", "figures/name.svg", "data/name.csv"} and files[0] == files[1]
     assert pd.read_csv(tmp_path / "a" / "data" / "name.csv").equals(errors())
     plots.save(plt.figure(), "name", errors(), "")
+
+
+def test_changes_have_a_row_for_each_set_and_a_line_at_nothing() -> None:
+    rows = [(s, c, v, v - 0.1, v + 0.1) for s, v in (("wiki", 0.2), ("self", -0.3)) for c in ("magnitude", "wanda")]
+    ax = plots.changes(pd.DataFrame(rows, columns=["set", "criterion", "value", "low", "high"]), "criterion", label="change of perplexity")
+    assert [t.get_text().split(" ")[0] for t in ax.get_yticklabels()] == ["wiki", "self"] and ax.get_xlabel() == "change of perplexity"
+    assert [c.lines[0].get_xdata().tolist() for c in ax.containers] == [[0.2, -0.3]] * 2
+    assert 0 in [line.get_xdata()[0] for line in ax.lines if len(set(line.get_xdata())) == 1]
+
+
+def test_each_seed_has_a_point_and_the_mean_a_larger_one() -> None:
+    rows = [(arm, seed, 10 + place + seed) for place, arm in enumerate(["alone", "self-generated"]) for seed in (0, 1, 2)]
+    [ax] = plots.by_seed(pd.DataFrame(rows, columns=["arm", "seed", "nmse"]), "arm", ["nmse"], dense={"nmse": 9.0})
+    points = [line.get_xdata().tolist() for line in ax.lines if line.get_linestyle() == "None"]
+    assert points == [[10, 11, 12], [11], [11, 12, 13], [12]]
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["alone", "self-generated"]
+
+
+def test_distributions_rise_to_one() -> None:
+    data = pd.DataFrame({"text": ["own"] * 4 + ["real"] * 2, "perplexity": [8.0, 2.0, 4.0, 16.0, 3.0, 9.0]})
+    ax = plots.distributions(data, "perplexity", "text", label="perplexity of a text")
+    assert [line.get_xdata().tolist() for line in ax.lines] == [[2, 4, 8, 16], [3, 9]]
+    assert ax.lines[0].get_ydata()[-1] == 1 and ax.get_xscale() == "log" and ax.get_xlabel() == "perplexity of a text"

@@ -34,7 +34,7 @@ SIGNATURES = {
     "perplexity": "model, samples, *, batch_size=8",
     "zero_shot": "model, tokenizer, tasks, *, limit=None, seed=0, against=None",
     "evaluate": "model, tokenizer, ...",
-    "verdict": "run_or_result",
+    "verdict": "run_or_result, ...",
     "RunConfig": "model, corpus, count, length, held_out=('wiki', 'news'), prune=PruneConfig(), evaluate=('perplexity',), "
     "tag=None, keep_model=False, ...",
     "run": "run_config",

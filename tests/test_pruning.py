@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from typing import Any
 
 import families
@@ -373,6 +374,8 @@ def test_training_that_never_helps_on_held_out_samples_is_not_kept() -> None:
         ({"config": PruneConfig(early_stopping=1)}, "early_stopping"),
         ({"config": PruneConfig(pattern="3:7")}, "does not divide"),
         ({"config": PruneConfig(layers=("nothing",))}, "matches none"),
+        ({"config": PruneConfig(layers=("mlp.*", "mpl.*"))}, "layers has the pattern 'mpl.*', which matches none of: self_attn.q_proj"),
+        ({"config": PruneConfig(layer_sparsity={"*mlp*": 0.2, "mlp.*": 0.3})}, "layer_sparsity.*'mlp.*'.*model.layers.0.self_attn.q_proj"),
     ],
 )
 def test_what_cannot_be_done_is_refused_before_the_first_block(change: dict[str, Any], says: str) -> None:
@@ -382,6 +385,26 @@ def test_what_cannot_be_done_is_refused_before_the_first_block(change: dict[str,
     with pytest.raises(ConfigError, match=says):
         prune(model, arguments.pop("samples"), arguments.pop("config"), progress=False, **arguments)
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+
+
+def test_finding_keeps_the_inputs_of_one_block_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = families.build("llama")
+    place = {v.parameter: i for i, block in enumerate(models.blocks(model)[1]) for v in models.weight_views(block)[0]}
+    inputs: dict[int, list[Any]] = {}
+
+    class Watched(streams.InputTap):
+        def __init__(self, views: Any, seen: Any) -> None:
+            def watch(view: models.WeightView, x: torch.Tensor, straight: bool) -> None:
+                block = place[view.parameter]
+                seen(view, x, straight)
+                inputs.setdefault(block, []).append(weakref.ref(x))
+                assert not [ref for i, refs in inputs.items() if i < block for ref in refs if ref() is not None]
+
+            super().__init__(views, watch)
+
+    monkeypatch.setattr(pruning, "InputTap", Watched)
+    found = pruning.find(streams.Runner(model, models.blocks(model)[1]), samples(), quick())
+    assert set(inputs) == {0, 1, 2} and [[len(g) for g in groups] for groups in found.groups] == [[3, 1, 2, 1]] * 3
 
 
 def test_not_a_number_stops_with_its_place() -> None:

@@ -123,7 +123,7 @@ def test_a_run_and_a_result_are_described_in_full() -> None:
     for text in ("aaa", "tiny", "prune.criterion", "wanda", "sparsity", "Kept dense."):
         assert text in said
     errors = pd.DataFrame(
-        {"block": [0, 0, 1, 1], "source": ["calibration", "wiki"] * 2, "mse": [1.0, 2.0, 3.0, 4.0], "nmse": [0.01, 0.02, 0.03, 0.04]}
+        {"block": [0, 0, 1, 1], "source": ["calibration", "wiki"] * 2, "mse": [1.0, 2.0, 3.0, 4.0], "nmse": [0.07, 0.08, 0.03, 0.04]}
     )
     training = pd.DataFrame(columns=["window", "epoch", "source", "loss"])
     result = SimpleNamespace(
@@ -132,7 +132,7 @@ def test_a_run_and_a_result_are_described_in_full() -> None:
     said = report.summary(result)
     for text in ("0.03", "0.04", "1:02:05", "2.5 GB rss", "verdict", "A note."):
         assert text in said
-    assert "0.01" not in said and "gpu" not in said
+    assert "0.07" not in said and "gpu" not in said
 
 
 def test_an_evaluation_record_is_shown_without_its_per_sequence_values() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -13,9 +15,10 @@ from typing import Any
 
 import pandas as pd
 import pytest
+import torch
 
-from reconkit import pruning, runs
-from reconkit.config import ConfigError, PruneConfig, RunConfig
+from reconkit import data, models, runs
+from reconkit.config import ConfigError, OverfitConfig, PruneConfig, RunConfig, SelfGenConfig
 
 
 def config(**values: Any) -> RunConfig:
@@ -34,7 +37,7 @@ def config(**values: Any) -> RunConfig:
 
 def test_the_second_time_costs_nothing_and_says_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     first = runs.run(config())
-    monkeypatch.setattr(pruning, "prune", None)
+    monkeypatch.setattr(runs, "_compute", None)
     second = runs.run(config())
     assert (first.cached, second.cached) == (False, True)
     assert second.metrics == first.metrics and second.errors.equals(first.errors) and second.training.equals(first.training)
@@ -72,7 +75,7 @@ def test_what_decides_none_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
     known = runs.fingerprint(config())
     assert runs.fingerprint(config(tag="mine", keep_model=True)) == known
     monkeypatch.setattr(runs.torch, "get_num_threads", lambda: 63)
-    assert runs.fingerprint(config()) != known, "sums in another order"
+    assert runs.fingerprint(config()) == known, "threads, like processors, only sum in another order"
 
 
 def test_sources_of_deciding_rooms_are_hashed_and_others_are_not() -> None:
@@ -93,7 +96,7 @@ def test_a_sparsity_of_zero_is_a_run_like_any_other() -> None:
 
 
 def test_an_unknown_task_is_refused_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runs.models, "load_model", lambda *args, **options: pytest.fail("loaded first"))
+    monkeypatch.setattr(runs, "_compute", None)
     with pytest.raises(ConfigError, match="chess"):
         runs.run(config(evaluate=("zero_shot",), tasks=("chess",)))
 
@@ -104,6 +107,86 @@ def test_extra_and_self_generated_text_only_train(tmp_path: Path) -> None:
     run = runs.run(config(extra=str(file), self_generated=2))
     assert set(run.errors.source) == {"calibration", "extra", "pydocs"} and "nmse/extra" in run.metrics
     assert str(tmp_path) not in json.dumps(run.metrics)
+
+
+def test_what_only_trains_never_touches_the_masks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same statistics with a file's, with more real and with self-generated text; the first samples stay the calibration."""
+    monkeypatch.setattr(runs.cost, "apart", lambda work, *args: work(*args))
+    seen, prune = [], runs.pruning.prune
+
+    def watched(model: Any, samples: Any, *args: Any, **options: Any) -> Any:
+        seen.append((samples, options["extra"]))
+        return prune(model, samples, *args, **options)
+
+    monkeypatch.setattr(runs.pruning, "prune", watched)
+    for text in ({}, {"more": 3}, {"self_generated": 2}, {"more": 1, "self_generated": 2}):
+        runs.run(config(**text))
+    (alone, nothing), (a, more), (b, own), (c, both) = seen
+    assert nothing is None and all(torch.equal(alone, samples) for samples in (a, b, c))
+    assert (len(more), len(own), len(both)) == (3, 2, 3)
+    assert torch.equal(both, torch.cat([more[:1], own])), "the control's text and the model's own are the same in every run"
+    tokens = models.load_model("tiny")[1]
+    assert torch.equal(torch.cat([alone, more]), data.load_samples("pydocs", tokens, count=7, length=32))
+
+
+def test_calibration_on_self_generated_text_alone() -> None:
+    run = runs.run(config(corpus="self"))
+    assert set(run.errors.source) == {"calibration", "pydocs"}
+    assert not any(text.startswith("self") for text in run.record["made_from"]["texts"])
+    for wrong in ({"corpus": "self", "more": 1}, {"held_out": ("self",)}):
+        with pytest.raises(ConfigError, match="self"):
+            runs.run(config(**wrong))
+
+
+def test_the_dense_models_own_text_and_cloze_are_test_sets() -> None:
+    run, dense = runs.run(config(test=("pydocs", "self"))), runs.run(config(test=("pydocs", "self"), prune=None))
+    assert run.metrics["perplexity/self"] > 0 and set(run.perplexity.corpus) == {"pydocs", "self"}
+    table = runs.changes(run, dense).set_index("set")
+    assert list(table.index) == ["pydocs", "self"] and (table.low <= table.value).all() and (table.value <= table.high).all()
+    assert table.value["self"] == pytest.approx(run.metrics["perplexity/self"] / dense.metrics["perplexity/self"] - 1)
+    with pytest.raises(ConfigError, match="0 blanks"):
+        runs.run(config(evaluate=("cloze",)))  # single bytes make no words
+
+
+def test_a_cloze_score_is_recorded_and_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runs.cost, "apart", lambda work, *args: work(*args))
+    items = torch.stack([torch.arange(20) % 4, torch.arange(20) + 2, *(torch.randint(3, 200, (20,)) for _ in range(4))], 1)
+    monkeypatch.setattr(runs.testsets, "cloze_set", lambda *args, **options: items)
+    run, dense = runs.run(config(evaluate=("cloze",))), runs.run(config(evaluate=("cloze",), prune=None))
+    assert 0 <= run.metrics["accuracy/cloze"] <= 1 and {"accuracy/cloze/low", "accuracy/cloze/high"} <= set(run.metrics)
+    [row] = runs.changes(run, dense).to_dict("records")
+    assert row["set"] == "cloze" and row["value"] == pytest.approx(run.metrics["accuracy/cloze"] - dense.metrics["accuracy/cloze"])
+
+
+def test_a_dense_model_is_one_run_whatever_others_are_calibrated_with() -> None:
+    dense = config(prune=None, test_length=32)
+    assert runs.fingerprint(dense) == runs.fingerprint(replace(dense, count=9, length=16, more=2, self_generated=4, held_out=()))
+    assert runs.fingerprint(dense) != runs.fingerprint(replace(dense, test_count=5))
+    assert runs.fingerprint(config()) != runs.fingerprint(config(count=9))
+
+
+def test_how_text_is_written_counts_where_text_is_written() -> None:
+    cool = SelfGenConfig(temperature=0.5)
+    assert runs.fingerprint(config(selfgen=cool)) == runs.fingerprint(config())
+    assert runs.fingerprint(config(selfgen=cool, self_generated=1)) != runs.fingerprint(config(self_generated=1))
+
+
+def test_one_draw_of_test_samples_for_runs_of_several_seeds() -> None:
+    a, b, c = (runs.run(config(seed=seed, test_seed=test)) for seed, test in ((0, None), (1, 0), (1, None)))
+    nll = [r.record["evaluation"]["perplexity"][0]["nll"] for r in (a, b, c)]
+    assert b.config.draw == 0 and c.config.draw == 1 and len({a.id, b.id, c.id}) == 3
+    dense = [runs.fingerprint(config(prune=None, seed=seed, test_seed=test)) for seed, test in ((0, None), (1, 0), (1, None))]
+    assert dense[0] == dense[1] != dense[2]
+    assert nll[1] != nll[2]
+
+
+def test_thresholds_of_the_verdict_decide_no_number() -> None:
+    strict = PruneConfig(technique="BR", epochs=1, overfit=OverfitConfig(watch=0.1, overfitting=0.2))
+    assert runs.fingerprint(config()) == runs.fingerprint(config(prune=strict))
+    run = runs.run(config(prune=strict))
+    assert run.record["verdict"] == "overfitting" and any(note.startswith("Overfitting?") for note in run.notes)
+    block = models.blocks(models.load_model("tiny")[0])[1][0]
+    assert run.metrics["data per parameter"] == pytest.approx(4 * 32 * 64 / sum(p.numel() for p in block.parameters()))
 
 
 def test_keep_model_keeps_a_folder_and_makes_it_where_it_is_missing() -> None:
@@ -153,9 +236,58 @@ def test_nothing_half_written_is_left(monkeypatch: pytest.MonkeyPatch, cache: Pa
         raise RuntimeError("broken")
 
     monkeypatch.setattr(runs.evaluation, "evaluate", fails)
-    with pytest.raises(RuntimeError, match="broken"):
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="broken"):
+        patch.setattr(runs.cost, "apart", lambda work, *args: work(*args))  # so that what breaks is broken there
+        runs.run(config())
+    monkeypatch.setattr(runs, "_compute", killed)
+    with pytest.raises(RuntimeError, match="SIGKILL"):
         runs.run(config())
     assert [p.name for p in (cache / "runs").iterdir() if p.is_dir()] == [] and runs.history().empty
+
+
+def killed(config: RunConfig, id: str, parts: dict[str, Any], folder: Path) -> None:
+    """Stands in for the work, half done."""
+    folder.mkdir()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_only_work_on_the_cpu_has_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    def here(*_: Any) -> None:
+        raise InterruptedError
+
+    def apart(work: Any, *_: Any) -> None:
+        raise ChildProcessError
+
+    monkeypatch.setattr(runs, "_compute", here)
+    monkeypatch.setattr(runs.cost, "apart", apart)
+    with pytest.raises(ChildProcessError):
+        runs.run(config(device="cpu"))
+    monkeypatch.setattr(runs.models, "resolve_device", lambda device: "mps")
+    with pytest.raises(InterruptedError):
+        runs.run(config())
+
+
+def test_what_the_caller_freed_before_hides_no_memory(cache: Path) -> None:
+    one = config(device="cpu")
+    first = runs.run(one)
+    shutil.rmtree(first.folder)
+    blocks = [bytes(1000) for _ in range(300_000)]
+    last = blocks[-1]  # what lies above the freed memory keeps it with the process
+    del blocks
+    again = runs.run(one)
+    assert not again.cached and len(last) == 1000
+    assert again.metrics["memory/rss"] == pytest.approx(first.metrics["memory/rss"], rel=0.5)  # in this process it would be near zero
+
+
+def test_texts_of_one_name_are_refused_before_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(runs, "_compute", None)
+    files = [tmp_path / folder / "mine.txt" for folder in "ab"]
+    for file in files:
+        file.parent.mkdir()
+        file.write_text("words " * 2000)
+    for field in ("held_out", "test"):
+        with pytest.raises(ConfigError, match=f"{field}.*a/mine.txt.*b/mine.txt.*rename"):
+            runs.run(config(**{field: ("pydocs", *map(str, files))}))
 
 
 def test_no_room_on_the_disk_is_said_before_work(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -111,6 +111,43 @@ def test_parameters_are_literals(home: Path, parameters: str, says: str) -> None
         suite.parameters(home / "notebooks" / "00_one.ipynb")
 
 
+def test_files_beside_the_caller_or_the_manifest_are_handed_over_whole(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The notebook works in a folder of its own, from which relative paths lead nowhere."""
+    here, beside = home / "here", home / "papermill_runs"
+    for file in (here / "mine.txt", beside / "other.txt", beside / "both.txt", here / "both.txt", here / "model" / "config.json"):
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("{}")
+    for folder in ("wiki", "tiny", "wheels"):
+        (here / folder).mkdir()
+    (here / "tiny" / "config.json").write_text("{}")
+    monkeypatch.chdir(here)
+    given = 'word: str = "a"\nmodel: str = "tiny"\ncorpus: str = "wiki"\nheld_out: list = []\ntest: list = []\nextra: str = ""\nout_dir: str = ""'
+    notebook(home / "notebooks" / "00_one.ipynb", parameters=given)
+    texts = 'corpus = "mine.txt"\nheld_out = ["wiki", "other.txt"]\ntest = ["both.txt", "no.txt", "a/b"]\nword = "mine.txt"\nmodel = "model"\n'
+    [entry] = suite.load_manifest(manifest(home, f'[[run]]\nnotebook = "00_one"\n[run.parameters]\n{texts}')).entries
+    assert entry.parameters == {
+        "word": "mine.txt",
+        "model": str(here / "model"),
+        "corpus": str(here / "mine.txt"),
+        "held_out": ["wiki", str(beside / "other.txt")],
+        "test": [str(here / "both.txt"), "no.txt", "a/b"],
+        "extra": "",
+    }
+    [entry] = suite.load_manifest(manifest(home, '[[run]]\nnotebook = "00_one"\n')).entries
+    assert (entry.parameters["model"], entry.parameters["corpus"]) == ("tiny", "wiki"), "a known name is no path"
+
+
+def test_a_relative_folder_of_wheels_is_handed_over_whole(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (home / "my wheels" / "wheels").mkdir(parents=True)
+    monkeypatch.chdir(home / "my wheels")
+    monkeypatch.setenv("PIP_FIND_LINKS", "wheels https://host/wheels /no/such")
+    monkeypatch.setattr(suite.subprocess, "Popen", lambda *_, env, **__: env)
+    checked = suite.load_manifest(manifest(home))
+    checked.folder.mkdir()
+    environment: Any = suite._start(checked, checked.entries[0], jobs=1).process
+    assert environment["PIP_FIND_LINKS"] == f"{(home / 'my wheels' / 'wheels').as_uri()} https://host/wheels /no/such"
+
+
 def test_a_missing_manifest_names_those_there_are(home: Path) -> None:
     manifest(home)
     with pytest.raises(ConfigError, match="mine.toml"):
