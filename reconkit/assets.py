@@ -96,6 +96,11 @@ def identity(name: str) -> str:
     return f"{name} {wheel.version} {wheel.sha256[:12]}"
 
 
+def there(name: str) -> bool:
+    """Whether an asset lies whole in the cache."""
+    return _whole(cache_dir() / "assets" / f"{name}-{WHEELS[name].version}", WHEELS[name])
+
+
 def asset(name: str) -> Path:
     """The folder that holds the members of a wheel under their paths in it; fetched when it is not whole.
 

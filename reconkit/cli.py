@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from . import __version__
-from .config import CRITERIA, LAYERS, PRECISIONS, TECHNIQUES, ConfigError, PruneConfig, RunConfig, SelfGenConfig, require
+from .config import CRITERIA, LAYERS, PRECISIONS, SELF, TECHNIQUES, ConfigError, PruneConfig, RunConfig, SelfGenConfig, require
 
 # Flag of `prune` → how its word is read, and its help; defaults are those of `PruneConfig`.
 PRUNE_FLAGS: dict[str, tuple[Any, str]] = {
@@ -33,7 +33,7 @@ PRUNE_FLAGS: dict[str, tuple[Any, str]] = {
     "precision": (str, f"of the reconstruction: {', '.join(PRECISIONS)}"),
     "early_stopping": (int, "stop a window after so many epochs without a lower held-out loss"),
 }
-CACHED = ("assets", "models", "runs", "tasks", "testsets", "text")
+CACHED = ("assets", "models", "runs", "answers", "tasks", "testsets", "text")
 
 
 class Parser(argparse.ArgumentParser):
@@ -86,6 +86,9 @@ def parser() -> Parser:
     monitor.add_argument("run", nargs="?", metavar="RUN", help="a process number, or a recorded run; default: everything that is running")
     cached = _word(words, "data", data, "show, fetch or clear what is cached: offline assets, models, runs")
     cached.add_argument("--fetch", action="store_true", help="fetch every offline asset now")
+    cached.add_argument("--lm-eval", metavar="DIR", help="write the zero-shot tasks there, for lm-eval's own command line")
+    cached.add_argument("--limit", type=int, default=RunConfig.limit, help="items of each task, a seeded draw; 0: all; default: %(default)s")
+    cached.add_argument("--seed", type=int, default=0, help="of that draw; default: %(default)s")
     cached.add_argument("--clear", choices=(*CACHED, "all"), help="delete that part of the cache")
     return top
 
@@ -162,13 +165,19 @@ def _config_words(word: argparse.ArgumentParser, kind: type, flags: dict[str, tu
 def _evaluate_words(word: argparse.ArgumentParser) -> None:
     word.add_argument("model", metavar="MODEL", help="smollm2-135m, tiny, a folder, a .gguf file or a hub id")
     word.add_argument("--against", metavar="DENSE", help="the model it is compared with, item by item")
-    word.add_argument("--perplexity", nargs="*", default=list(RunConfig.test), metavar="CORPUS", help="default: %(default)s")
+    word.add_argument(
+        "--perplexity", nargs="*", default=list(RunConfig.test), metavar="CORPUS", help="self: text that DENSE writes; default: %(default)s"
+    )
+    word.add_argument("--cloze", action="store_true", help="fill 500 blanks in the first corpus, which DENSE must fill well above chance")
     word.add_argument("--split", choices=("train", "validation", "test"), default="test", help="default: %(default)s")
     word.add_argument("--count", type=int, default=RunConfig.test_count, help="samples of each corpus; 0: the whole split; default: %(default)s")
     word.add_argument("--length", type=int, default=RunConfig.length, help="tokens in a sample; default: %(default)s")
     word.add_argument("--tasks", nargs="*", default=[], metavar="TASK", help=f"zero-shot tasks: {', '.join(RunConfig.tasks)}")
     word.add_argument("--limit", type=int, default=RunConfig.limit, help="items of each task, a seeded draw; 0: all; default: %(default)s")
-    word.add_argument("--speed", action="store_true", help="time generation as well")
+    word.add_argument("--speed", action="store_true", help="time generation as well, in turns with --against")
+    word.add_argument("--packed", action="store_true", help="measure the size as bitmasks and values, really written and read back")
+    word.add_argument("--price-per-hour", type=float, metavar="MONEY", help="of this machine: what measuring and a million tokens cost")
+    word.add_argument("--speed-batches", type=int, nargs="+", default=[1, 8], metavar="N", help="prompts at once; default: %(default)s")
     word.add_argument("--seed", type=int, default=0, help="of the draws; default: %(default)s")
     word.add_argument("--out", metavar="FILE.json", help="write the whole record there")
     _machine_words(word)
@@ -309,13 +318,13 @@ def selfgen(a: argparse.Namespace) -> None:
     _check_writable(Path(a.out).parent)
     import torch
 
-    from . import data, models, runs
+    from . import data, models
     from . import selfgen as room
 
     model, tokenizer = models.load_model(a.model, dtype=getattr(torch, a.dtype), device=a.device)
     prefixes = None
     if config.start == "prefix":
-        prefixes = data.load_samples(a.prefixes, tokenizer, count=runs.PREFIXES, length=config.prefix_length, seed=a.seed)
+        prefixes = data.prefixes(a.prefixes, tokenizer, length=config.prefix_length, seed=a.seed)
     try:
         found = room.write(a.out, model, tokenizer, count=a.count, length=a.length, seed=a.seed, config=config, prefixes=prefixes)
     except KeyboardInterrupt:
@@ -327,28 +336,40 @@ def selfgen(a: argparse.Namespace) -> None:
 def evaluate(a: argparse.Namespace) -> None:
     RunConfig(a.model, count=a.count or 1, length=a.length, limit=a.limit or None, seed=a.seed, device=a.device, dtype=a.dtype)
     _check_models([a.model, *([a.against] if a.against else [])])
-    _check_texts(a.perplexity)
+    real = [corpus for corpus in a.perplexity if corpus != SELF]
+    _check_texts(real)
     _check_tasks(a.tasks)
+    require(not a.cloze or len(real) > 0, "--perplexity", a.perplexity, "a list with a corpus in it, from which --cloze makes blanks")
+    require(all(n >= 1 for n in a.speed_batches), "--speed-batches", a.speed_batches, "whole numbers of at least 1")
+    require(a.price_per_hour is None or a.price_per_hour >= 0, "--price-per-hour", a.price_per_hour, "a price, or nothing")
     if a.out:
         require(not Path(a.out).is_dir(), "--out", a.out, "a file")
         _check_writable(Path(a.out).parent)
     import torch
 
-    from . import evaluation, models, report
+    from . import evaluation, models, report, testsets
 
     options = {"dtype": getattr(torch, a.dtype), "device": a.device}
     model, tokenizer = models.load_model(a.model, **options)
+    other = models.load_model(a.against, **options)[0] if a.against else None
+    dense = model if other is None else other
+    sets = {"length": a.length, "seed": a.seed}
     record = evaluation.evaluate(
         model,
         tokenizer,
-        perplexity=a.perplexity,
+        perplexity=real,
+        texts={SELF: testsets.own_test(dense, tokenizer, count=a.count or RunConfig.test_count, **sets)} if SELF in a.perplexity else None,
+        blanks=testsets.cloze_of(dense, tokenizer, real[0], **sets) if a.cloze else None,
         split=a.split,
         count=a.count or None,
         length=a.length,
         tasks=a.tasks,
         limit=a.limit or None,
-        against=models.load_model(a.against, **options)[0] if a.against else None,
+        against=other,
         speed=a.speed,
+        speed_batches=a.speed_batches,
+        packed=a.packed,
+        price_per_hour=a.price_per_hour,
         seed=a.seed,
     )
     print(report.evaluation(record))
@@ -454,5 +475,12 @@ def data(a: argparse.Namespace) -> None:
     if a.fetch:
         for name in assets.NAMES:
             assets.asset(name)
+    if a.lm_eval:
+        from . import zeroshot
+
+        require(a.limit >= 0, "--limit", a.limit, "a whole number of at least 0")
+        zeroshot.write_tasks(a.lm_eval, RunConfig.tasks, limit=a.limit or None, seed=a.seed)
+        print(f"lm_eval --model hf --model_args pretrained=MODEL,dtype=float32 --include_path {a.lm_eval} --tasks {zeroshot.GROUP}")
+        return
     print(report.test_sets())
     print(report.cached())

@@ -84,6 +84,16 @@ def measure() -> Iterator[Cost]:
         cost.rss_bytes = max(peak, process.memory_info().rss) - before
 
 
+def money(seconds: float, price_per_hour: float) -> float:
+    """What `seconds` of a machine cost, in the currency of its price."""
+    return seconds / 3600 * price_per_hour
+
+
+def million_tokens(tokens_per_second: float, price_per_hour: float) -> float:
+    """What serving a million tokens costs at that speed."""
+    return money(1e6 / tokens_per_second, price_per_hour)
+
+
 class Elsewhere(Exception):
     """The traceback of what went wrong `apart`, as the cause of the exception that is raised here."""
 

@@ -48,6 +48,7 @@ TASKS = {
 }
 "Zero-shot task → the split that the paper scores, as a file's stem."
 
+PREFIXES = 256  # beginnings of real text that self-generated ones are drawn from
 WIKI_TRAIN = 75  # of 96 articles
 PIECE = 100_000  # characters of running text that are tokenised at once
 BATCH = 64  # documents that are tokenised at once
@@ -95,6 +96,27 @@ def load_samples(
     import numpy as np
     import torch
 
+    samples = _drawn(corpus, tokenizer, count, length, split, seed)
+    if len(samples) < (count or 1):
+        raise ConfigError(
+            f"{corpus}{'' if _is_file(corpus) else f' ({split})'} holds only {len(samples)} samples of {length} tokens, "
+            f"and {count or 'at least 1'} were asked for; ask for fewer or shorter ones."
+        )
+    return torch.from_numpy(np.asarray(samples, dtype=np.int64))
+
+
+def prefixes(corpus: str, tokenizer: PreTrainedTokenizerBase, *, length: int, seed: int = 0) -> LongTensor:
+    """Beginnings for self-generated text: the first of `load_samples(…, split="train")`, up to 256 of them, (any, length).
+
+    Raises:
+        ConfigError: as `load_samples`, where there is not even one.
+    """
+    there = len(_drawn(corpus, tokenizer, PREFIXES, length, "train", seed))
+    return load_samples(corpus, tokenizer, count=max(1, there), length=length, seed=seed)
+
+
+def _drawn(corpus: str, tokenizer: PreTrainedTokenizerBase, count: int | None, length: int, split: str, seed: int) -> Any:
+    """As many samples as there are, up to `count`."""
     check_corpus(corpus)
     require(split in SPLITS, "split", split, one_of(SPLITS))
     require(count is None or count >= 1, "count", count, "a whole number of at least 1, or None for all")
@@ -102,15 +124,8 @@ def load_samples(
     label = (Path(corpus).suffix,) if _is_file(corpus) else (corpus, split)
     generator = _generator(*label, length, seed)
     if corpus == "c4" or corpus not in NAMED and Path(corpus).suffix != ".txt":
-        samples = _from_documents(corpus, split, tokenizer, count, length, generator)
-    else:
-        samples = _from_running_text(_running_text(corpus, split), tokenizer, count, length, generator)
-    if len(samples) < (count or 1):
-        raise ConfigError(
-            f"{corpus}{'' if _is_file(corpus) else f' ({split})'} holds only {len(samples)} samples of {length} tokens, "
-            f"and {count or 'at least 1'} were asked for; ask for fewer or shorter ones."
-        )
-    return torch.from_numpy(np.asarray(samples, dtype=np.int64))
+        return _from_documents(corpus, split, tokenizer, count, length, generator)
+    return _from_running_text(_running_text(corpus, split), tokenizer, count, length, generator)
 
 
 def identity(corpus: str, split: str = "train") -> str:
@@ -123,6 +138,14 @@ def identity(corpus: str, split: str = "train") -> str:
     name = Path(corpus).name if _is_file(corpus) else f"{corpus} {split}"
     files = _files(corpus, split)
     return f"{name} {_sum(repr([_file_sum(file) for file in files]).encode())[:16]}" if files else f"{name} from the hub"
+
+
+def characters(corpus: str, split: str) -> int | None:
+    """Length of an offline text where it lies in the cache, None where it would have to be fetched or made first."""
+    there = {"wiki": "gensim", "news": "gensim"}
+    file = assets.cache_dir() / "text" / _made_by() / f"pydocs-{platform.python_version()}.json"
+    known = assets.there(there[corpus]) if corpus in there else file.is_file()
+    return sum(map(len, _running_text(corpus, split))) if known else None
 
 
 def task_identity(task: str) -> str:

@@ -2,56 +2,64 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import importlib.util
-import io
 import json
-import logging
 import math
-import os
-import random
-import statistics
 import tempfile
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import pandas as pd
 import torch
 from torch import Tensor
 
-from . import cost, data
-from .config import ConfigError, one_of, require
-from .models import blocks, weight_views
+from . import cost, data, packing
+from .config import require
+from .latency import latency
+from .models import blocks, read_on, weight_views, weights_sum
+from .zeroshot import check_tasks, zero_shot
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Z95 = 1.959964  # half-width of a 95 % interval in standard errors
+SPARE = 0.1  # share of zeros that a model may have besides its masks: restored weights hold some
+RESAMPLES = 2000  # of a bootstrap
 LOGITS = 2**26  # logits held at once; a large vocabulary must not decide how much memory an evaluation takes
-# The folders of lm-eval's own task definitions: scanning all of its thousands takes a quarter of a minute.
-DEFINITIONS = ("super_glue/boolq", "glue/rte", "hellaswag", "winogrande", "arc", "openbookqa")
 
 
 @torch.no_grad()
 def sequence_nll(model: PreTrainedModel, samples: Tensor, *, batch_size: int = 8) -> Tensor:
     """Mean −log p of the next token in each sequence, (N, T) → (N,) float64; T − 1 tokens of each are predicted.
 
+    Logits are held for so many sequences at once as fit, or for so many tokens of one sequence, which then are read in pieces
+    through the key-value cache.
+
     Raises:
         ConfigError: no sequence, or fewer than two tokens in each.
     """
     require(samples.ndim == 2 and samples.shape[1] >= 2 and len(samples) > 0, "samples", tuple(samples.shape), "(samples, at least 2 tokens)")
-    fits = max(1, LOGITS // (samples.shape[1] * model.get_output_embeddings().out_features))
+    length, vocabulary = samples.shape[1], model.get_output_embeddings().out_features
+    fits, piece = LOGITS // (length * vocabulary), max(1, LOGITS // vocabulary)
     found = []
-    for ids in samples.split(min(batch_size, fits)):
+    for ids in samples.split(max(1, min(batch_size, fits))):
         ids = ids.to(model.device)
-        logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
-        nll = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none")
-        found.append(nll.view(len(ids), -1).cpu().double().mean(1))
+        if fits:
+            found.append(_nll(model(input_ids=ids, use_cache=False).logits[:, :-1], ids[:, 1:]).mean(1))
+            continue
+        cache, parts = None, []
+        for part in ids[:, :-1].split(piece, dim=1):
+            logits, cache = read_on(model, part, cache)
+            start = sum(p.shape[1] for p in parts)
+            parts.append(_nll(logits, ids[:, start + 1 : start + 1 + part.shape[1]]))
+        found.append(torch.cat(parts, 1).mean(1))
     return torch.cat(found)
+
+
+def _nll(logits: Tensor, targets: Tensor) -> Tensor:
+    """−log p of `targets` (B, T) under `logits` (B, T, vocabulary), in float64 on the CPU."""
+    nll = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
+    return nll.view(targets.shape).cpu().double()
 
 
 def perplexity(model: PreTrainedModel, samples: Tensor, *, batch_size: int = 8) -> float:
@@ -60,16 +68,25 @@ def perplexity(model: PreTrainedModel, samples: Tensor, *, batch_size: int = 8) 
 
 
 def perplexity_interval(nll: Tensor) -> tuple[float, float]:
-    """95 % interval of the perplexity from the spread over sequences, (N,) → (low, high)."""
-    mean, error = float(nll.mean()), _standard_error(nll)
-    return _exp(mean - Z95 * error), _exp(mean + Z95 * error)
+    """95 % bootstrap interval of the perplexity over sequences, (N,) → (low, high)."""
+    low, high = bootstrap(nll)
+    return _exp(low), _exp(high)
 
 
 def perplexity_ratio(nll: Tensor, against: Tensor) -> tuple[float, float, float]:
-    """Perplexity over another model's on the same sequences, and its paired 95 % interval: (ratio, low, high)."""
-    difference = nll - against
-    mean, error = float(difference.mean()), _standard_error(difference)
-    return _exp(mean), _exp(mean - Z95 * error), _exp(mean + Z95 * error)
+    """Perplexity over another model's on the same sequences, and its paired 95 % bootstrap interval: (ratio, low, high)."""
+    low, high = bootstrap(nll - against)
+    return _exp(float((nll - against).mean())), _exp(low), _exp(high)
+
+
+def bootstrap(values: Tensor) -> tuple[float, float]:
+    """95 % interval of the mean of `values` (N,): percentiles of the means of seeded resamples; without bounds for a single value."""
+    if len(values) < 2:
+        return -math.inf, math.inf
+    generator = torch.Generator().manual_seed(0)
+    means = torch.stack([values[torch.randint(len(values), (len(values),), generator=generator)].double().mean() for _ in range(RESAMPLES)])
+    low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return low, high
 
 
 def _exp(value: float) -> float:
@@ -77,8 +94,9 @@ def _exp(value: float) -> float:
     return float(torch.tensor(value, dtype=torch.float64).exp())
 
 
-def _standard_error(values: Tensor) -> float:
-    return float(values.double().std() / math.sqrt(len(values))) if len(values) > 1 else math.inf
+def ids_sum(ids: Tensor) -> str:
+    """A fingerprint of token ids and their shape."""
+    return hashlib.sha256(repr(tuple(ids.shape)).encode() + ids.cpu().contiguous().numpy().tobytes()).hexdigest()[:12]
 
 
 @torch.no_grad()
@@ -110,145 +128,6 @@ def clustered_error(right: Tensor, cluster: Tensor) -> float:
     return float(sums.square().sum().sqrt() / len(right) * math.sqrt(groups / (groups - 1))) if groups > 1 else math.inf
 
 
-def check_tasks(tasks: Sequence[str]) -> None:
-    """Whether these can be asked here, without asking anything.
-
-    Raises:
-        ConfigError: an unknown task, or lm-eval is not installed.
-    """
-    for task in tasks:
-        require(task in data.TASKS, "task", task, one_of(tuple(data.TASKS)))
-    if tasks and importlib.util.find_spec("lm_eval") is None:
-        raise ConfigError("Zero-shot tasks need lm-eval; install it with: pip install 'reconkit[eval]'.")
-
-
-def zero_shot(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    tasks: Sequence[str],
-    *,
-    limit: int | None = None,
-    seed: int = 0,
-    against: PreTrainedModel | None = None,
-) -> pd.DataFrame:
-    """Accuracy on lm-eval's own task definitions, without a hub.
-
-    Args:
-        tasks: any of boolq, rte, hellaswag, winogrande, arc_easy, arc_challenge, openbookqa.
-        limit: items of each task, a seeded draw; None: all.
-        against: another model that answers the same items, usually the dense one.
-
-    Returns:
-        A row a task: task, metric (acc, the length-unnormalised one that the paper reports), value, stderr, n,
-        difference (value − the other's, NaN without `against`), low and high: the paired 95 % interval of the difference,
-        or of the value where nothing is compared.
-
-    Raises:
-        ConfigError: an unknown task, `limit` below 1, or lm-eval is not installed.
-    """
-    check_tasks(tasks)
-    require(limit is None or limit >= 1, "limit", limit, "a whole number of at least 1, or None for all")
-    answers = _answers(model, tokenizer, tasks, limit, seed)
-    others = _answers(against, tokenizer, tasks, limit, seed) if against is not None else None
-    rows = []
-    for task in tasks:
-        right = torch.tensor(answers[task], dtype=torch.float64)
-        value, stderr = float(right.mean()), _standard_error(right)
-        centre, spread, difference = value, stderr, math.nan
-        if others is not None:
-            paired = right - torch.tensor(others[task], dtype=torch.float64)
-            centre = difference = float(paired.mean())
-            spread = _standard_error(paired)
-        rows.append((task, "acc", value, stderr, len(right), difference, centre - Z95 * spread, centre + Z95 * spread))
-    return pd.DataFrame(rows, columns=["task", "metric", "value", "stderr", "n", "difference", "low", "high"])
-
-
-def _answers(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[str], limit: int | None, seed: int
-) -> dict[str, list[float]]:
-    """Whether each drawn item of each task was answered right."""
-    import lm_eval.tasks
-    from lm_eval.models.huggingface import HFLM
-
-    folders = [str(Path(lm_eval.tasks.__path__[0]) / folder) for folder in DEFINITIONS]
-    with tempfile.TemporaryDirectory() as scratch, _quiet():
-        members = []
-        for task in tasks:
-            drawn = _draw(data.task_data(task), Path(scratch) / f"{task}.jsonl", limit, seed)
-            files = {"validation": str(drawn), "test": str(drawn)}
-            kwargs = {"data_files": files, "cache_dir": str(Path(scratch) / "cache")}
-            members.append({"task": task, "dataset_path": "json", "dataset_name": None, "training_split": None, "dataset_kwargs": kwargs})
-        found = lm_eval.simple_evaluate(
-            model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8),
-            tasks=[{"group": "drawn", "task": members}],
-            task_manager=lm_eval.tasks.TaskManager(include_path=folders, include_defaults=False),
-            log_samples=True,
-            bootstrap_iters=0,
-            random_seed=seed,
-            numpy_random_seed=seed,
-            torch_random_seed=seed,
-        )
-    return {task: [s["acc"] for s in sorted(found["samples"][task], key=lambda s: s["doc_id"])] for task in tasks}
-
-
-def _draw(source: Path, to: Path, limit: int | None, seed: int) -> Path:
-    """A seeded draw of `limit` items, in their order, as a file of its own."""
-    items = source.read_text(encoding="utf-8").removesuffix("\n").split("\n")  # JSON strings may hold other line separators
-    if limit is not None and limit < len(items):
-        items = [items[i] for i in sorted(random.Random(seed).sample(range(len(items)), limit))]
-    to.write_text("\n".join(items) + "\n", encoding="utf-8")
-    return to
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without lm-eval's and datasets' logging and bars, and with the random state as it was."""
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    python, numpy, stderr = random.getstate(), np.random.get_state(), os.dup(2)
-    with open(os.devnull, "w") as nowhere:
-        os.dup2(nowhere.fileno(), 2)  # lm-eval asks git for a version, and git writes past sys.stderr
-    try:
-        with torch.random.fork_rng(), contextlib.redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        os.dup2(stderr, 2)
-        os.close(stderr)
-        random.setstate(python)
-        np.random.set_state(numpy)
-        logging.disable(level)
-
-
-@torch.no_grad()
-def speed(model: PreTrainedModel, *, length: int = 128, tokens: int = 32, repeats: int = 3) -> dict[str, float]:
-    """Tokens a second of one sequence: reading a prompt of `length`, and writing `tokens` more; medians after a warm-up.
-
-    Compare only figures of one machine measured side by side.
-    """
-    prompt = torch.full((1, length), 5, device=model.device)
-
-    def generate(new: int) -> Tensor:
-        return model.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, min_new_tokens=new, max_new_tokens=new, pad_token_id=0)
-
-    # Reading is writing one token: a plain forward would also compute the logits of the whole prompt, which generation never does.
-    reading, writing = [], []
-    for _ in range(repeats + 1):
-        reading.append(_timed(lambda: generate(1), model.device))
-        writing.append(_timed(lambda: generate(tokens), model.device))
-    read, write = statistics.median(reading[1:]), statistics.median(writing[1:])
-    return {"prefill_tokens_per_second": length / read, "decode_tokens_per_second": (tokens - 1) / max(write - read, 1e-9)}
-
-
-def _timed(work: Any, device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
 def size(model: PreTrainedModel) -> dict[str, float]:
     """Parameters, bytes in memory, and the share of zeros in the prunable matrices (which saves no byte by itself)."""
     views = [view for block in blocks(model)[1] for view in weight_views(block)[0]]
@@ -259,9 +138,6 @@ def size(model: PreTrainedModel) -> dict[str, float]:
         "prunable": weights,
         "zeros": sum(int((view.get() == 0).sum()) for view in views) / weights,
     }
-
-
-_speed = speed  # `evaluate` has a switch of that name
 
 
 def evaluate(
@@ -276,8 +152,12 @@ def evaluate(
     limit: int | None = 100,
     against: PreTrainedModel | None = None,
     speed: bool = False,
+    speed_batches: Sequence[int] = (1, 8),
     seed: int = 0,
     batch_size: int = 8,
+    sparsity: float | None = None,
+    packed: bool = False,
+    price_per_hour: float | None = None,
     texts: Mapping[str, Tensor] | None = None,
     blanks: tuple[Tensor, Tensor] | None = None,
 ) -> dict[str, Any]:
@@ -287,17 +167,25 @@ def evaluate(
         perplexity: corpora; `count` samples of `length` tokens of their `split` (None: the whole split).
         tasks: zero-shot tasks, `limit` items of each.
         against: the dense model; then perplexities carry their ratio to its, and accuracies the paired difference.
-        speed: time prefill and decoding, too.
+        speed: time generation, too, at each of `speed_batches`; the two models take turns.
+        sparsity: the share of zeros that the prunable matrices must have, such as `PruneResult.sparsity`: the wrong model is never scored.
+        packed: write the weights as bitmasks and values to a temporary file, read it back, compare, and add its size.
+        price_per_hour: of the machine; with `speed`, gives what a million tokens cost.
         texts: further samples (N, T) by name, such as text of the model's own; their split is called "given".
         blanks: (samples, items) of a cloze set, see `cloze`.
 
     Returns:
-        perplexity: rows of corpus, split, length, tokens, value, low, high, nll (per sequence), and ratio, ratio_low,
-        ratio_high with `against`; cloze: value, low, high, n, right and sample (per item) or None; zero_shot: rows; speed: dict or None;
-        size: dict; cost: seconds and peak memory;
+        perplexity: rows of corpus, split, length, tokens, data (a fingerprint), samples (another), dtype, device, value, low, high,
+        nll (per sequence), and ratio, ratio_low, ratio_high with `against`; cloze: value, low, high, n, right and sample (per
+        item), and difference, difference_low, difference_high with `against`, or None; zero_shot: rows; speed: rows, see
+        `latency`; size: dict; cost: seconds, peak memory and, with a price, money;
         fingerprint: what decides these figures, the weights included.
     """
     check_tasks(tasks)
+    measured = size(model)
+    if sparsity is not None and not sparsity - 1e-6 <= measured["zeros"] <= sparsity + SPARE:
+        had = f"{measured['zeros']:.2%} zeros where {sparsity:.2%} were pruned"
+        raise RuntimeError(f"The model to be measured has {had}: it is another model, or its masks were lost.")
     drawn = {corpus: data.load_samples(corpus, tokenizer, count=count, length=length, split=split, seed=seed) for corpus in perplexity}
     with cost.measure() as used:
         rows = []
@@ -309,6 +197,10 @@ def evaluate(
                 "split": split if corpus in drawn else "given",
                 "length": samples.shape[1],
                 "tokens": samples[:, 1:].numel(),
+                "data": data.identity(corpus, split) if corpus in drawn else corpus,
+                "samples": ids_sum(samples),
+                "dtype": str(model.dtype).removeprefix("torch."),
+                "device": model.device.type,
                 "value": _exp(float(nll.mean())),
                 "low": low,
                 "high": high,
@@ -318,34 +210,43 @@ def evaluate(
                 row |= dict(zip(("ratio", "ratio_low", "ratio_high"), ratio, strict=True))
             rows.append({**row, "nll": nll.tolist()})
         answers = zero_shot(model, tokenizer, tasks, limit=limit, seed=seed, against=against).to_dict("records") if tasks else []
-        filled = _cloze_record(model, *blanks, batch_size) if blanks else None
-        timing = _speed(model) if speed else None
+        filled = _cloze_record(model, *blanks, against, batch_size) if blanks else None
+        models = {"this": model} | ({} if against is None else {"against": against})
+        timing = latency(models, batch_sizes=speed_batches).to_dict("records") if speed else []
+    if packed:
+        measured |= _packed(model)
+    spent = {"seconds": used.seconds, "rss_bytes": used.rss_bytes, "gpu_bytes": used.gpu_bytes}
+    if price_per_hour is not None:
+        own = [row for row in timing if row["model"] == "this" and row["measure"] == "decode_tokens_per_second"]
+        spent |= {"money": cost.money(used.seconds, price_per_hour)}
+        spent |= {f"million_tokens/{row['batch']}": cost.million_tokens(row["value"], price_per_hour) for row in own}
     facts = [[data.identity(c, split) for c in perplexity], split, count, length, list(tasks), limit, seed, str(model.dtype), weights_sum(model)]
-    facts += [
-        sorted((name, hashlib.sha256(ids.numpy().tobytes()).hexdigest()) for name, ids in (texts or {}).items()),
-        [b.tolist() for b in blanks or ()],
-    ]
+    facts += [sorted((name, ids_sum(ids)) for name, ids in (texts or {}).items()), [ids_sum(b) for b in blanks or ()]]
     return {
         "perplexity": rows,
         "cloze": filled,
         "zero_shot": answers,
         "speed": timing,
-        "size": size(model),
-        "cost": {"seconds": used.seconds, "rss_bytes": used.rss_bytes, "gpu_bytes": used.gpu_bytes},
+        "size": measured,
+        "cost": spent,
         "fingerprint": hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12],
     }
 
 
-def _cloze_record(model: PreTrainedModel, samples: Tensor, items: Tensor, batch_size: int) -> dict[str, Any]:
+def _packed(model: PreTrainedModel) -> dict[str, int]:
+    with tempfile.TemporaryDirectory() as folder:
+        sizes = packing.pack(model, Path(folder) / "packed.safetensors")
+        if not packing.same(model, packing.unpack(Path(folder) / "packed.safetensors")):
+            raise RuntimeError("The packed weights came back changed; this is a bug.")
+    return {f"{kind}_bytes": count for kind, count in sizes.items()}
+
+
+def _cloze_record(model: PreTrainedModel, samples: Tensor, items: Tensor, against: PreTrainedModel | None, batch_size: int) -> dict[str, Any]:
     right = cloze(model, samples, items, batch_size=batch_size)
     value, error = float(right.double().mean()), clustered_error(right, items[:, 0])
-    each = {"right": right.int().tolist(), "sample": items[:, 0].tolist()}
-    return {"value": value, "low": value - Z95 * error, "high": value + Z95 * error, "n": len(right), **each}
-
-
-def weights_sum(model: PreTrainedModel) -> str:
-    """A sum over the weights: what a model is, whatever it is called."""
-    found = hashlib.sha256()
-    for parameter in model.parameters():
-        found.update(parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return found.hexdigest()
+    found = {"value": value, "low": value - Z95 * error, "high": value + Z95 * error, "n": len(right)}
+    if against is not None:
+        paired = right.int() - cloze(against, samples, items, batch_size=batch_size).int()
+        difference, error = float(paired.double().mean()), clustered_error(paired, items[:, 0])
+        found |= {"difference": difference, "difference_low": difference - Z95 * error, "difference_high": difference + Z95 * error}
+    return found | {"items": ids_sum(torch.cat([samples.flatten(), items.flatten()])), "right": right.int().tolist(), "sample": items[:, 0].tolist()}

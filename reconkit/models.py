@@ -7,6 +7,7 @@ as a `Linear`, as GPT-2's transposed `Conv1D` or as a slice of a three-dimension
 from __future__ import annotations
 
 import hashlib
+import inspect
 import os
 import re
 import shutil
@@ -15,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -288,3 +289,18 @@ def weight_views(block: nn.Module) -> tuple[list[WeightView], list[str]]:
 def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def read_on(model: PreTrainedModel, ids: Tensor, cache: object = None, **options: object) -> tuple[Tensor, Any]:
+    """(logits (B, T, vocabulary), key-value cache) after `ids` (B, T), which follow what `cache` holds."""
+    word = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"  # renamed in transformers 5.24
+    out = model(input_ids=ids, use_cache=True, **{word: cache}, **options)
+    return out.logits, out.get("cache", None) or out.past_key_values
+
+
+def weights_sum(model: PreTrainedModel) -> str:
+    """A sum over the weights: what a model is, whatever it is called."""
+    found = hashlib.sha256()
+    for parameter in model.parameters():
+        found.update(parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()

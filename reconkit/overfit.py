@@ -7,16 +7,18 @@ loss), so that it works while `prune` runs, on its result, and on any record.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
 
-from .config import OverfitConfig, PruneConfig
+from .config import OverfitConfig, PruneConfig, to_dict
 
 TRAINED = ("calibration", "extra")
+FIRST = 3  # windows before the share of those that turned up says anything
 Z95 = 1.959964  # half-width of a 95 % interval in standard errors
 TRY = {
+    "masks": "more calibration samples",
     "data": "more calibration samples, or self-generated ones (extra)",
     "epochs": "early_stopping=1, or fewer epochs",
     "freedom": "windows of one block (without CR)",
@@ -59,6 +61,9 @@ def rising(training: pd.DataFrame, config: OverfitConfig | None = None, *, kept_
     """Windows whose mean held-out loss ended above its lowest epoch while the training loss fell."""
     found = turns(training, (config or OverfitConfig()).rising, kept_best=kept_best)
     return list(found[found.up.astype(bool)].window)
+
+
+FACTS = ("ratio", "gap", "source", "growth", "block", "windows", "up", "window", "epoch", "transfer")
 
 
 def facts(run_or_result: Any, config: OverfitConfig | None = None) -> dict[str, Any]:
@@ -118,18 +123,18 @@ def verdict(run_or_result: Any, config: OverfitConfig | None = None, *, against:
         return "watch", ["the final error is not a number, so nothing can be said"]
     if (final.nmse == 0).all():
         return "fine", ["the final error is zero"]
-    word, reasons = _judge(facts(run_or_result, config), _per_parameter(run_or_result), config)
+    word, reasons = _judge(facts(run_or_result, config), _per_parameter(run_or_result), config, _prune_config(run_or_result))
     worse = _reads_worse(run_or_result, against) if against is not None else []
     return ("overfitting", [*worse, *reasons]) if worse else (word, reasons)
 
 
-def _judge(found: dict[str, Any], per_parameter: float | None, config: OverfitConfig) -> tuple[str, list[str]]:
+def _judge(found: dict[str, Any], per_parameter: float | None, config: OverfitConfig, how: PruneConfig | None) -> tuple[str, list[str]]:
     reasons = [f"the final error on {found['source']} is {found['ratio']:.2f} times that on the calibration samples (a gap of {found['gap']:.3g})"]
     advice = []
     if found["ratio"] >= config.watch:
         reasons.append(f"the ratio passes {config.watch:g} for good at block {found['block']}")
         advice.append("data")
-    if found["windows"] and found["up"] >= config.many * found["windows"]:
+    if found["up"] and found["up"] >= config.many * found["windows"]:
         reasons.append(
             f"the held-out loss rose again in {found['up']} of {found['windows']} windows (first: {found['window']}; "
             f"lowest after epoch {found['epoch']})"
@@ -137,12 +142,13 @@ def _judge(found: dict[str, Any], per_parameter: float | None, config: OverfitCo
         advice.append("epochs")
     if found["transfer"] < config.transfer:
         reasons.append(f"of what training gained on the calibration samples, {found['transfer']:.0%} holds on held-out ones")
-        advice += [word for word in ("data", "freedom") if word not in advice]
+        advice += [word for word in ("data", "freedom") if word not in advice and (word == "data" or how is None or how.window_blocks > 1)]
     word = "overfitting" if found["ratio"] >= config.overfitting else "watch" if advice else "fine"
     if advice and per_parameter is not None and per_parameter < 1:
-        reasons.append(f"there are {per_parameter:.2g} calibration scalars (samples × tokens × hidden) for each trained parameter of a window")
+        reasons.append(f"there are {per_parameter:.2g} calibration scalars (samples × tokens × hidden) for each weight that a window trains")
+    trained = bool(found["windows"])
     if advice:
-        reasons.append("try " + "; or ".join(TRY[word] for word in advice))
+        reasons.append("try " + "; or ".join(TRY["masks" if word == "data" and not trained else word] for word in advice))
     return word, reasons
 
 
@@ -152,25 +158,25 @@ def _reads_worse(run: Any, simpler: Any) -> list[str]:
         return []
     said = []
     for row in run.record["evaluation"]["perplexity"]:
-        compared = _compared(row["nll"], _nll(simpler, row["corpus"]))
+        compared = _compared(row, _row(simpler, row["corpus"]))
         if compared and compared[0] > Z95 * compared[1]:
             said.append(f"the perplexity on {row['corpus']} is {math.expm1(compared[0]):.1%} above that of {simpler.config.prune.technique}")
     return said
 
 
-def _compared(own: list[float], other: list[float] | None) -> tuple[float, float] | None:
-    """(mean difference, its standard error) over the same sequences; None where they are not the same or too few."""
-    if other is None or len(own) != len(other) or len(own) < 2:
+def _compared(own: Mapping[str, Any], other: Mapping[str, Any] | None) -> tuple[float, float] | None:
+    """(mean difference, its standard error) of −log p over the same sequences; None where they are not the same or too few."""
+    if other is None or own["samples"] != other["samples"] or len(own["nll"]) < 2:
         return None
-    change = pd.Series(own) - pd.Series(other)
+    change = pd.Series(own["nll"]) - pd.Series(other["nll"])
     return float(change.mean()), float(change.std() / math.sqrt(len(change)))
 
 
 class Live:
     """Follows a walk and says the moment it turns: once when the ratio reaches each threshold, once when many windows' losses turned up."""
 
-    def __init__(self, config: OverfitConfig, windows: int, *, kept_best: bool = False) -> None:
-        self.config, self.windows, self.kept_best, self.said = config, windows, kept_best, set[str]()
+    def __init__(self, config: OverfitConfig, *, kept_best: bool = False) -> None:
+        self.config, self.kept_best, self.said = config, kept_best, set[str]()
 
     def look(self, errors: Iterable[tuple[int, str, float, float]], training: Iterable[tuple[str, int, str, float]]) -> list[str]:
         """New warnings, given all rows so far."""
@@ -185,15 +191,22 @@ class Live:
                         f"Overfitting? After block {last.block} the error on {last.source} is {last.ratio:.2f} times that on the calibration "
                         f"samples ({word} from {getattr(self.config, word):g})."
                     )
-        up = rising(pd.DataFrame(training, columns=["window", "epoch", "source", "loss"]), self.config, kept_best=self.kept_best)
-        if up and len(up) >= self.config.many * self.windows and "up" not in self.said:
+        rows = pd.DataFrame(training, columns=["window", "epoch", "source", "loss"])
+        up, trained = rising(rows, self.config, kept_best=self.kept_best), rows.window.nunique()
+        if trained >= FIRST and up and len(up) >= self.config.many * trained and "up" not in self.said:
             self.said |= {"up"}
-            found.append(f"Overfitting? The held-out loss turned up in {len(up)} of {self.windows} windows so far, the last one {up[-1]}.")
+            found.append(f"Overfitting? The held-out loss turned up in {len(up)} of the {trained} windows trained so far, the last one {up[-1]}.")
         return found
+
+    def replay(self, errors: Sequence[tuple[int, str, float, float]], training: Sequence[tuple[str, int, str, float]]) -> None:
+        """Go through what was seen before a walk was stopped, so that nothing is said twice."""
+        for block in sorted({row[0] for row in errors}):
+            self.look([row for row in errors if row[0] <= block], [])
+        self.look([], training)
 
 
 def per_parameter(samples: int, tokens: int, hidden: int, parameters: int) -> float:
-    """Calibration scalars for each trained parameter of a window: samples × tokens × hidden / parameters."""
+    """Scalars of the training samples for each weight that a window trains: samples × tokens × hidden / parameters."""
     return samples * tokens * hidden / parameters
 
 
@@ -205,7 +218,7 @@ def outcomes(runs: Iterable[Any], corpora: Iterable[str]) -> pd.DataFrame:
 
     Returns:
         id, group (what the runs share), technique, seed, corpus, against (technique), change (log of the perplexity ratio), error
-        (its standard error), worse (bool), and the columns of `facts`.
+        (its standard error), worse (bool), verdict (the word), and the columns of `facts`.
     """
     order = {word: place for place, word in enumerate(("LR", "BR", "BR+GP", "BR+GP+CR"))}
     groups: dict[str, list[Any]] = {}
@@ -218,11 +231,12 @@ def outcomes(runs: Iterable[Any], corpora: Iterable[str]) -> pd.DataFrame:
             simpler = [r for r in members if order[r.config.prune.technique] < order[run.config.prune.technique]]
             found = facts(run)
             for corpus in corpora:
-                own, others = _nll(run, corpus), [(r, n) for r in simpler if (n := _nll(r, corpus)) is not None]
-                if own is None or not others:
+                own = _row(run, corpus)
+                others = [(r, row) for r in simpler if own and (row := _row(r, corpus)) and row["samples"] == own["samples"]]
+                if not others:
                     continue
-                best, nll = min(others, key=lambda pair: sum(pair[1]))
-                compared = _compared(own, nll)
+                best, other = min(others, key=lambda pair: sum(pair[1]["nll"]))
+                compared = _compared(own, other)
                 if compared is None:
                     continue
                 change, error = compared
@@ -237,10 +251,12 @@ def outcomes(runs: Iterable[Any], corpora: Iterable[str]) -> pd.DataFrame:
                         "change": change,
                         "error": error,
                         "worse": change > Z95 * error,
+                        "verdict": verdict(run)[0],
                         **found,
                     }
                 )
-    return pd.DataFrame(rows)
+    columns = ["id", "group", "technique", "seed", "corpus", "against", "change", "error", "worse", "verdict", *FACTS]
+    return pd.DataFrame(rows, columns=columns).astype({"worse": bool})
 
 
 def agreement(said: pd.Series, worse: pd.Series) -> dict[str, int]:
@@ -285,11 +301,21 @@ def _per_parameter(run_or_result: Any) -> float | None:
     return known if known is not None else getattr(run_or_result, "metrics", {}).get("data per parameter")
 
 
+TRAINING = frozenset(
+    (
+        "technique reconstruction_input epochs steps learning_rate batch_size micro_batch recompute precision gradient_clip early_stopping "
+        "seed overfit"
+    ).split()
+)
+"What of a PruneConfig says how, and not what, is reconstructed."
+
+
 def _question(run: Any) -> str:
-    c, p = run.config, run.config.prune
-    facts = (c.model, c.corpus, c.count, c.length, c.seed, c.test, c.test_count, c.test_length, c.more, c.self_generated, c.extra)
-    return repr((*facts, p.criterion, p.pattern, p.sparsity, p.layers, p.window, p.overlap, p.target))
+    """What runs share whose techniques can be compared: everything but how they were trained."""
+    prune = {name: value for name, value in to_dict(run.config.prune).items() if name not in TRAINING}
+    rest = {name: value for name, value in to_dict(run.config).items() if name not in ("prune", "tag", "keep_model", "test_seed")}
+    return repr((run.record.get("made_from", {}).get("model"), run.config.draw, sorted(rest.items()), sorted(prune.items())))
 
 
-def _nll(run: Any, corpus: str) -> list[float] | None:
-    return next((row["nll"] for row in run.record["evaluation"]["perplexity"] if row["corpus"] == corpus), None)
+def _row(run: Any, corpus: str) -> Mapping[str, Any] | None:
+    return next((row for row in run.record["evaluation"]["perplexity"] if row["corpus"] == corpus), None)

@@ -52,7 +52,7 @@ class PruneResult:
     config: PruneConfig
     "How it was done."
     per_parameter: float | None
-    "Calibration scalars (samples × tokens × hidden) for each trained parameter of the largest window; None where nothing is trained."
+    "Training scalars (samples × tokens × hidden) for each weight left in the largest window; None where nothing is trained."
 
 
 @dataclass
@@ -127,16 +127,17 @@ def prune(
         peak_memory={"gpu": used.gpu_bytes, "rss": used.rss_bytes},
         notes=walk.notes,
         config=config,
-        per_parameter=_per_parameter(layers, samples, model, config),
+        per_parameter=_per_parameter(layers, len(samples) + (0 if extra is None else len(extra)), samples.shape[1], model, config),
     )
 
 
-def _per_parameter(layers: nn.ModuleList, samples: Tensor, model: nn.Module, config: PruneConfig) -> float | None:
+def _per_parameter(layers: nn.ModuleList, trained: int, tokens: int, model: nn.Module, config: PruneConfig) -> float | None:
+    """Training scalars for each weight that is left in the largest window."""
     if not config.trains:
         return None
-    sizes = [sum(p.numel() for p in layer.parameters()) for layer in layers]
-    largest = max(sum(sizes[i] for i in window) for window in windows(len(layers), config.window_blocks, config.overlap_blocks))
-    return overfit.per_parameter(*samples.shape, model.config.get_text_config().hidden_size, largest)
+    left = [sum(int((p != 0).sum()) for p in layer.parameters()) for layer in layers]
+    largest = max(sum(left[i] for i in window) for window in windows(len(layers), config.window_blocks, config.overlap_blocks))
+    return overfit.per_parameter(trained, tokens, model.config.get_text_config().hidden_size, largest)
 
 
 def _walk(
@@ -154,13 +155,14 @@ def _walk(
         done, walk = 0, _begin(runner, sources, config, found.notes)
     precision = resolve_precision(config.precision, str(runner.device)) if config.trains else "fp32"
     epochs = _epochs(config, sources) if config.trains else 0
-    live = overfit.Live(config.overfit, len(plan), kept_best=config.early_stopping is not None)
-    live.look(walk.errors, walk.training)  # what a checkpoint holds was said before
+    live = overfit.Live(config.overfit, kept_best=config.early_stopping is not None)
+    live.replay(walk.errors, walk.training)
     with Progress(f"{config.technique} {config.criterion}", len(plan) * (epochs + 1), show=progress) as bar:
         bar.step(done * (epochs + 1))
         for number, window in enumerate(plan[done:], done):
             try:
                 _advance(runner, walk, window.start, config, found)
+                _say(live, walk, bar)
                 _window(runner, walk, window, config, found, dense_copies, precision, number, bar)
                 _say(live, walk, bar)
                 if saved:
@@ -325,7 +327,7 @@ def _prune_block(runner: Runner, walk: Walk, window: range, index: int, config: 
         if few:
             walk.notes.append(f"Block {index}, {group[0].name}: {seen.count} tokens for {weights[0].shape[1]} columns, so its mask is by magnitude.")
         for view, w, mask in zip(group, weights, masks, strict=True):
-            w.mul_(mask)
+            w.masked_fill_(~mask, 0)  # a product would leave minus zeros
             walk.masks[f"{index}.{view.name}"] = mask
             walk.zeros += mask.numel() - int(mask.sum())
 

@@ -73,6 +73,7 @@ def reconstruct(
     per_epoch = math.ceil(len(owner) / batch)
     total = config.steps if config.steps is not None else config.epochs * per_epoch
     parameters = [p for m in modules for p in m.parameters()]
+    zeros = {p: ~mask for p, mask in masks.items()}
     flags = [p.requires_grad for p in parameters]
     for p in parameters:
         p.requires_grad_(True)
@@ -123,8 +124,8 @@ def reconstruct(
             result.skipped += int(scaler.get_scale() < before)
             optimizer.zero_grad(set_to_none=True)
             with torch.no_grad():
-                for p, mask in masks.items():
-                    p.mul_(mask)
+                for p, dropped in zeros.items():
+                    p.masked_fill_(dropped, 0)
             done += 1
         rows = [(epoch, name, float(total_loss) / n) for name, (total_loss, n) in sums.items() if n]
         rows += [(epoch, name, loss_of(*pair)) for name, pair in held_out.items()]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from . import progress, runs, testsets
+from . import data, progress, runs, testsets
 from .assets import cache_dir
 from .config import one_of, require, to_dict
 from .overfit import verdict
@@ -30,6 +30,9 @@ TEXTS = {
     "news": "news stories, another domain",
     "pydocs": "prose of Python's docstrings, a technical domain",
 }
+LONG = ["nll", "data", "samples", "items", "right", "sample"]
+"Columns of an evaluation record that are for code."
+LONGEST = 40  # characters of a fact in the monitor, whose lines must not wrap
 BOUNDS = ("/low", "/high")
 "Interval ends: in the export, not in the table."
 
@@ -148,7 +151,8 @@ def best(history: DataFrame, metric: str, limit: int) -> DataFrame:
 def describe(run: Any) -> str:
     """A recorded run in the terminal: how it was made, what was measured, what to know."""
     facts = {"run": run.id, "folder": run.folder, **_flat(to_dict(run.config))}
-    parts = [_pairs(facts), _pairs(run.metrics)]
+    word, reasons = verdict(run)
+    parts = [_pairs(facts), _pairs(run.metrics), _pairs({"verdict": " ".join([word, *(f"({reason})" for reason in reasons)])})]
     return "\n\n".join([*parts, *(["\n".join(run.notes)] if run.notes else [])])
 
 
@@ -169,17 +173,28 @@ def evaluation(record: dict[str, Any]) -> str:
     """An evaluation record in the terminal."""
     from pandas import DataFrame
 
-    tables = [DataFrame(record[part]) for part in ("perplexity", "zero_shot") if len(record.get(part) or ())]
-    facts = _flat({part: record[part] for part in ("size", "speed", "cost") if record.get(part)})
-    return "\n\n".join([*(text_table(t.drop(columns="nll", errors="ignore")) for t in tables), _pairs(facts)])
+    parts = {part: record.get(part) or [] for part in ("perplexity", "zero_shot", "speed")}
+    parts["cloze"] = [{"task": "cloze", **record["cloze"]}] if record.get("cloze") else []
+    tables = [DataFrame(rows) for rows in parts.values() if len(rows)]
+    facts = _flat({part: record[part] for part in ("size", "cost") if record.get(part)})
+    return "\n\n".join([*(text_table(t.drop(columns=LONG, errors="ignore")) for t in tables), _pairs(facts)])
 
 
 def test_sets() -> str:
     """The sets on which a pruned model is compared with its original: fixed texts, and those made for a model."""
-    fixed = [{"kind": "text", "size": corpus, "fingerprint": testsets.text_sum(corpus), "about": about} for corpus, about in TEXTS.items()]
     import pandas as pd
 
-    table = pd.DataFrame([*fixed, *testsets.listed()], columns=["kind", "size", "seed", "fingerprint", "about"])
+    fixed = [
+        {
+            "kind": corpus,
+            "size": f"{n:,} characters" if (n := data.characters(corpus, "test")) else "not fetched yet",
+            "seed": "of the run",
+            "fingerprint": testsets.text_sum(corpus),
+            "about": about,
+        }
+        for corpus, about in TEXTS.items()
+    ]
+    table = pd.DataFrame([*fixed, *testsets.listed()], columns=["kind", "size", "model", "seed", "fingerprint", "about"])
     return f"Test sets\n{text_table(table.astype(object).where(table.notna(), ''))}\n\nCache"
 
 
@@ -187,6 +202,7 @@ def cached() -> str:
     """What lies in the cache: every asset, model and run, with its size."""
     folder = cache_dir()
     sizes = {f"{part.name}/{entry.name}": runs.size(entry) for part in _folders(folder) for entry in _folders(part)}
+    sizes |= {part.name: runs.size(part) for part in _folders(folder) if not _folders(part)}
     total = f"{size(sum(sizes.values()))} in {folder}, limit {size(runs.cache_limit())} (RECONKIT_CACHE_LIMIT)"
     return "\n".join([*(f"{size(count):>10}  {name}" for name, count in sizes.items()), total])
 
@@ -237,7 +253,7 @@ def line(state: dict[str, Any]) -> str:
         [
             f"{state['title']} (process {state['pid']})",
             f"{state['done'] / max(state['total'], 1):4.0%}",
-            *(f"{k} {show(v)}" for k, v in facts.items()),
+            *(f"{k} {show(v)[:LONGEST]}" for k, v in facts.items()),
             f"{_clock(time.time() - state['started'])} so far",
             f"about {_clock(left)} left" if left is not None else "",
         ]

@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from filelock import FileLock
 
 from . import assets, cost, data, evaluation, models, pruning, testsets
 from .checkpoint import code_hash
-from .config import SELF, ConfigError, RunConfig, from_dict, require, to_dict
+from .config import SELF, ConfigError, OverfitConfig, RunConfig, from_dict, require, to_dict
 from .overfit import verdict
 from .reconstruct import resolve_precision
 
@@ -47,6 +47,7 @@ ROOMS = (
     "selfgen",
     "streams",
     "testsets",
+    "zeroshot",
 )
 "Sources that decide a number."
 LIBRARIES = ("torch", "transformers", "numpy", "tokenizers", "datasets", "lm_eval", "py3langid")
@@ -54,8 +55,6 @@ NEEDED = 10**9  # free bytes without which no run begins
 DEFAULT_LIMIT = "20GB"
 DENSE = ("model", "prune", "evaluate", "test", "test_count", "test_length", "tasks", "limit", "draw", "device", "dtype")
 "What of a configuration decides the measurements of a dense model."
-CLOZE = 32  # samples in which blanks are made
-PREFIXES = 256  # beginnings of real text that self-generated ones are drawn from
 ERRORS = ["block", "source", "mse", "nmse"]
 TRAINING = ["window", "epoch", "source", "loss"]
 
@@ -122,8 +121,11 @@ def run(run_config: RunConfig) -> Run:
                 )
             with tempfile.TemporaryDirectory(prefix=f".{id}-", dir=folder, ignore_cleanup_errors=True) as staging:
                 task = (run_config, id, parts, Path(staging) / "new")
-                if models.resolve_device(run_config.device) == "cpu":
-                    cost.apart(_compute, *task)  # memory that was freed before would hide a peak
+                if models.resolve_device(run_config.device) == "cpu":  # memory that was freed before would hide a peak
+                    if (made := _made_before(run_config)) is not None and not made.is_file():
+                        cost.apart(_make_sets, run_config)
+                        made.touch()
+                    cost.apart(_compute, *task)
                 else:
                     _compute(*task)
                 if (folder / id / "tag").is_file():
@@ -133,7 +135,15 @@ def run(run_config: RunConfig) -> Run:
             _keep_within_limit(folder, id)
     if run_config.tag:
         tag(id, run_config.tag)
-    return _read(folder / id, cached=whole)
+    found = _read(folder / id, cached=whole)
+    return _judged(found, run_config.prune.overfit) if run_config.prune else found
+
+
+def _judged(run: Run, thresholds: OverfitConfig) -> Run:
+    """The record as these thresholds see it; they are no part of its id."""
+    found = replace(run, config=replace(run.config, prune=replace(run.config.prune, overfit=thresholds)))
+    word, reasons = verdict(found)
+    return replace(found, record={**run.record, "verdict": word, "reasons": reasons})
 
 
 def fingerprint(run_config: RunConfig) -> str:
@@ -205,6 +215,7 @@ def _compute(config: RunConfig, id: str, parts: dict[str, Any], folder: Path) ->
     record = evaluation.evaluate(
         model,
         tokenizer,
+        sparsity=metrics["sparsity"] if config.prune is not None else None,
         perplexity=tested,
         texts=own,
         blanks=blanks,
@@ -221,8 +232,9 @@ def _compute(config: RunConfig, id: str, parts: dict[str, Any], folder: Path) ->
     if record["cloze"]:
         metrics |= {f"accuracy/cloze{end}": record["cloze"][name] for end, name in (("", "value"), ("/low", "low"), ("/high", "high"))}
     for row in record["zero_shot"]:
-        metrics |= {f"accuracy/{row['task']}": row["value"], f"accuracy/{row['task']}/low": row["low"], f"accuracy/{row['task']}/high": row["high"]}
-    metrics |= {f"speed/{name}": value for name, value in (record["speed"] or {}).items()}
+        name = f"accuracy/{row['task']}" + ("" if row["metric"] == "acc" else " (acc_norm)")
+        metrics |= {name: row["value"], f"{name}/low": row["low"], f"{name}/high": row["high"]}
+    metrics |= {f"speed/{row['measure']}/{row['batch']}": row["value"] for row in record["speed"]}
     metrics |= {f"size/{name}": record["size"][name] for name in ("parameters", "bytes")}
     metrics["seconds/evaluate"] = record["cost"]["seconds"]
     word, reasons = verdict(_Tables(errors, training, config, metrics))
@@ -274,9 +286,29 @@ def _own(config: RunConfig, model: Any, tokenizer: Any, count: int) -> torch.Ten
         return None
     prefixes = None
     if config.selfgen.start == "prefix":
-        prefixes = data.load_samples(config.corpus, tokenizer, count=PREFIXES, length=config.selfgen.prefix_length, seed=config.seed)
+        prefixes = data.prefixes(config.corpus, tokenizer, length=config.selfgen.prefix_length, seed=config.seed)
     options = {"length": config.length, "seed": config.seed, "config": config.selfgen, "prefixes": prefixes}
     return testsets.own_text(model, tokenizer, count=count, **options)
+
+
+def _made_before(config: RunConfig) -> Path | None:
+    """The file that says that everything the dense model has to write for such runs is there; None where it writes nothing."""
+    tests = ("test", "test_count", "test_length", "evaluate")
+    writes = ("corpus", "count", "length", "seed", "self_generated", "selfgen") if config.self_generated or config.corpus == SELF else ()
+    asked = ("perplexity" in config.evaluate and SELF in config.test) or "cloze" in config.evaluate
+    if not asked and not writes:
+        return None
+    plain = to_dict(config)
+    facts = [models.identity(config.model), config.dtype, config.draw, platform_key(config.device), {name: plain[name] for name in (*tests, *writes)}]
+    return testsets.folder() / f"made-{hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]}"
+
+
+def _make_sets(config: RunConfig) -> None:
+    """Let the dense model write what a run asks for; it is kept."""
+    model, tokenizer = models.load_model(config.model, dtype=getattr(torch, config.dtype), device=config.device)
+    _test_sets(config, model, tokenizer)
+    if config.prune is not None:
+        _training_samples(config, model, tokenizer)
 
 
 def _test_sets(config: RunConfig, model: Any, tokenizer: Any) -> tuple[list[str], dict[str, torch.Tensor], tuple[torch.Tensor, torch.Tensor] | None]:
@@ -293,8 +325,7 @@ def _test_sets(config: RunConfig, model: Any, tokenizer: Any) -> tuple[list[str]
     blanks = None
     if "cloze" in config.evaluate:
         require(len(real) > 0, "test", config.test, "a list with a corpus in it, from which cloze items can be made")
-        samples = data.load_samples(real[0], tokenizer, split="test", **{**options, "count": CLOZE})
-        blanks = samples, testsets.cloze_set(model, tokenizer, samples, f"{real[0]} test", seed=config.draw)
+        blanks = testsets.cloze_of(model, tokenizer, real[0], length=options["length"], seed=config.draw)
     return real if "perplexity" in config.evaluate else [], own, blanks
 
 
@@ -368,11 +399,11 @@ def changes(run: Run, against: Run) -> pd.DataFrame:
     others = {row["corpus"]: row for row in against.record["evaluation"]["perplexity"]}
     for row in run.record["evaluation"]["perplexity"]:
         other = others.get(row["corpus"])
-        if other and len(other["nll"]) == len(row["nll"]) and other["length"] == row["length"]:
+        if other and other["samples"] == row["samples"]:
             ratio = evaluation.perplexity_ratio(torch.tensor(row["nll"]), torch.tensor(other["nll"]))
             rows.append((row["corpus"], "perplexity", *(value - 1 for value in ratio), True))
     own, other = run.record["evaluation"].get("cloze"), against.record["evaluation"].get("cloze")
-    if own and other and own["sample"] == other["sample"]:
+    if own and other and own["items"] == other["items"]:
         difference = torch.tensor(own["right"]) - torch.tensor(other["right"])
         value, error = float(difference.double().mean()), evaluation.clustered_error(difference, torch.tensor(own["sample"]))
         rows.append(("cloze", "accuracy", value, value - evaluation.Z95 * error, value + evaluation.Z95 * error, False))

@@ -10,17 +10,21 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 from .config import ConfigError, SelfGenConfig, require, to_dict
-from .evaluation import sequence_nll, weights_sum
+from .evaluation import sequence_nll
+from .models import weights_sum
 from .progress import Progress
 
 if TYPE_CHECKING:
@@ -98,7 +102,7 @@ def generate(
     filters = _filters(tokenizer, config)
     counts = dict.fromkeys(["written", "whole", *filters], 0)
     kept: list[tuple[list[int], float]] = []
-    batch = 0
+    batch, kept_in = 0, f" What was kept is in {partial}." if partial is not None else ""
     if partial is not None:
         for record in _resume(partial, made_by(model, config, length=length, seed=seed, prefixes=prefixes)):
             batch, counts = record["batch"], record["counts"]
@@ -107,7 +111,9 @@ def generate(
         bar.step(min(len(kept), needed))
         while len(kept) < needed:
             if counts["written"] >= PATIENCE and len(kept) < LEAST * counts["written"]:
-                raise RuntimeError(f"The model wrote too little that could be kept: {told(counts)}; another language, start or temperature may help.")
+                raise RuntimeError(
+                    f"The model wrote too little that could be kept: {told(counts)}; another language, start or temperature may help.{kept_in}"
+                )
             rows = _batch(model, tokenizer, length, _mix(seed, batch), config, prefixes)
             counts["written"] += config.batch_size
             counts["whole"] += len(rows)
@@ -125,7 +131,7 @@ def generate(
     if config.unlikely:
         limit = sorted(value for _, value in chosen)[count - 1]
         chosen = [row for row in chosen if row[1] <= limit]
-        counts["likely"] = round((1 - config.unlikely) * len(kept))
+        counts["likely"] = count
     chosen = chosen[:count]
     return Generated(torch.tensor([tokens for tokens, _ in chosen]), [value for _, value in chosen], counts)
 
@@ -153,7 +159,13 @@ def write(
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.partial")
     made = made_by(model, config or SelfGenConfig(), length=length, seed=seed, prefixes=prefixes)
-    found = generate(model, tokenizer, count=count, length=length, seed=seed, config=config, prefixes=prefixes, progress=progress, partial=partial)
+    options = {"count": count, "length": length, "seed": seed, "config": config, "prefixes": prefixes, "progress": progress}
+    lock = path.with_name(f".{path.name}.lock")  # two that write one file would mix their batches
+    with FileLock(lock):
+        try:
+            found = generate(model, tokenizer, **options, partial=partial)
+        finally:
+            lock.unlink(missing_ok=True)
     whole = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with whole.open("w", encoding="utf-8", newline="\n") as out:
@@ -175,8 +187,14 @@ def told(counts: dict[str, int]) -> str:
 def made_by(model: PreTrainedModel, config: SelfGenConfig, *, length: int, seed: int, prefixes: Tensor | None = None) -> dict[str, Any]:
     """What decides the texts besides their number: the weights, the seed and every setting."""
     start = {"prefixes": hashlib.sha256(prefixes.cpu().numpy().tobytes()).hexdigest()[:16]} if prefixes is not None else {}
-    name = Path(model.config._name_or_path or type(model).__name__).name
-    return {"model": name, "weights": weights_sum(model)[:16], "length": length, "seed": seed, **to_dict(config), **start}
+    versions = {name: version(name) for name in ("torch", "transformers", "py3langid")}
+    whose = {"model": called(model), "weights": weights_sum(model)[:16], "device": model.device.type, **versions}
+    return {**whose, "length": length, "seed": seed, **to_dict(config), **start}
+
+
+def called(model: PreTrainedModel) -> str:
+    """A model's name without a folder, else its kind."""
+    return Path(model.config._name_or_path or type(model).__name__).name
 
 
 @torch.no_grad()
@@ -185,7 +203,7 @@ def _batch(
 ) -> list[Tensor]:
     """Random crops (length,) of the texts of one batch that did not end early."""
     written = config.written or length
-    end = [tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id][0]
+    end = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     special = torch.tensor(sorted({*tokenizer.all_special_ids, *_ends(model)}))
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
@@ -205,13 +223,26 @@ def _batch(
         for sample, new in steps:
             if new and len(ids):
                 free = {"temperature": config.temperature, "top_k": 0, "top_p": 1.0} if sample else dict.fromkeys(("temperature", "top_k", "top_p"))
-                mask = torch.ones_like(ids)
-                ids = model.generate(ids, attention_mask=mask, do_sample=sample, max_new_tokens=new, pad_token_id=end, repetition_penalty=1.0, **free)
+                with _plain(model, end):
+                    ids = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=sample, max_new_tokens=new, **free)
                 ids = ids[~torch.isin(ids, special.to(ids.device)).any(1)]  # those that ended
         if not len(ids) or ids.shape[1] < written:
             return []
         starts = torch.randint(written - length + 1, (len(ids),)).tolist()
     return [row[start : start + length] for row, start in zip(ids.cpu(), starts, strict=True)]
+
+
+@contextmanager
+def _plain(model: PreTrainedModel, pad: int) -> Iterator[None]:
+    """Generation by the recipe alone: what a model's own settings would add, such as penalties or min_p, is put aside."""
+    from transformers import GenerationConfig
+
+    own = model.generation_config
+    model.generation_config = GenerationConfig(eos_token_id=own.eos_token_id, pad_token_id=pad, use_cache=True)
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def _ends(model: PreTrainedModel) -> list[int]:

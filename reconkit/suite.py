@@ -40,7 +40,7 @@ import nbformat
 import pandas as pd
 
 from . import data, models, runs
-from .config import ConfigError, one_of, require
+from .config import SELF, ConfigError, one_of, require
 
 PUBLISHED = "published"
 OUT_DIR = "out_dir"
@@ -225,7 +225,7 @@ def _texts(parameters: Mapping[str, Any]) -> list[str]:
         found.append(models.identity(parameters["model"]))
     for name, split in (("corpus", "train"), ("held_out", "validation"), ("test", "test")):
         given = parameters.get(name, [])
-        found += [data.identity(corpus, split) for corpus in ([given] if isinstance(given, str) else given)]
+        found += [data.identity(corpus, split) for corpus in ([given] if isinstance(given, str) else given) if corpus != SELF]
     return found
 
 

@@ -18,15 +18,26 @@ from filelock import FileLock
 from torch import Tensor
 
 from . import assets, data, evaluation, selfgen
+from .checkpoint import code_hash
 from .config import TEST_SEEDS, ConfigError, SelfGenConfig, require
+from .evaluation import ids_sum
+from .models import weights_sum
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+ROOMS = ("config", "data", "evaluation", "selfgen", "testsets")
+"Sources that decide a set."
 LEAST = 500  # cloze items: fewer tell no two pruned models apart
+FIRST = 16  # samples in which blanks are looked for at first
 CHOICES = 4
 CLEAR = 0.15  # above chance, beyond the interval; below, the items say nothing about what pruning lost
 LETTERS = 4  # of a word that is blanked out
+MARKS = ("Ġ", "▁")  # of byte-level and of SentencePiece vocabularies: a space before a word
+
+
+class FewBlanks(ConfigError):
+    """The text holds fewer blanks than were asked for; more of it may do."""
 
 
 def own_text(
@@ -39,28 +50,34 @@ def own_text(
     config: SelfGenConfig | None = None,
     prefixes: Tensor | None = None,
     progress: bool = True,
+    test: bool = False,
 ) -> Tensor:
-    """Text (count, length) that the dense model writes, made once and kept; `model` must be dense when it is first asked for.
+    """Text (count, length) that `model` writes, made once for its weights, settings, sources and versions, and kept.
+
+    Args:
+        test: it is a test set, and listed as one.
 
     Raises:
         ConfigError, RuntimeError: as `selfgen.generate`; an interrupted call goes on from what it had.
     """
     config = config or SelfGenConfig()
     made = selfgen.made_by(model, config, length=length, seed=seed, prefixes=prefixes)
-    facts = {**made, "count": count, "device": model.device.type, "torch": torch.__version__}
-    file = _folder() / f"own-{_sum(facts)}.jsonl"
+    facts = {**made, "count": count, "code": code_hash(ROOMS)}
+    file = folder() / f"own-{_sum(facts)}.jsonl"
     with FileLock(file.with_suffix(".lock")):
         if not file.is_file():
             options = {"count": count, "length": length, "seed": seed, "config": config, "prefixes": prefixes, "progress": progress}
             found = selfgen.write(file, model, tokenizer, **options)
-            _describe(file, "own text", f"{count} texts of {length} tokens", seed % TEST_SEEDS, ids_sum(found.tokens), selfgen.told(found.counts))
+            if test:
+                size = f"{count} texts of {length} tokens"
+                _describe(file, "own text", size, made["model"], seed - TEST_SEEDS, ids_sum(found.tokens), selfgen.told(found.counts))
     lines = file.read_text(encoding="utf-8").splitlines()
     return torch.tensor([json.loads(line)["tokens"] for line in lines])
 
 
 def own_test(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, count: int, length: int, seed: int = 0) -> Tensor:
     """As `own_text`, from seeds that calibration cannot have, and by the paper's recipe whatever the calibration's is."""
-    return own_text(model, tokenizer, count=count, length=length, seed=TEST_SEEDS + seed, config=SelfGenConfig(batch_size=32))
+    return own_text(model, tokenizer, count=count, length=length, seed=TEST_SEEDS + seed, config=SelfGenConfig(batch_size=32), test=True)
 
 
 def cloze_items(tokenizer: PreTrainedTokenizerBase, samples: Tensor, *, count: int = LEAST, choices: int = CHOICES, seed: int = 0) -> Tensor:
@@ -73,7 +90,7 @@ def cloze_items(tokenizer: PreTrainedTokenizerBase, samples: Tensor, *, count: i
         ConfigError: the samples hold fewer blanks than asked for.
     """
     words = {t: w for t in samples.unique().tolist() if (w := _word(tokenizer, t))}
-    starts = {t for t in samples.unique().tolist() if _begins(tokenizer, t)}
+    starts = {t for t in samples.unique().tolist() if _ends_a_word(tokenizer, t)}
     blanks = [
         (i, t, row[t])
         for i, row in enumerate(samples.tolist())
@@ -81,7 +98,7 @@ def cloze_items(tokenizer: PreTrainedTokenizerBase, samples: Tensor, *, count: i
         if row[t] in words and row[t + 1] in starts
     ]
     if len(blanks) < count:
-        raise ConfigError(
+        raise FewBlanks(
             f"{count} cloze items were asked for, but {len(samples)} samples of {samples.shape[1]} tokens hold only {len(blanks)} blanks; take more."
         )
     generator = torch.Generator().manual_seed(seed)
@@ -103,8 +120,8 @@ def cloze_set(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sample
     Raises:
         ConfigError: too few blanks, or the dense model is not well above chance on them; the message has both figures.
     """
-    facts = {"samples": ids_sum(samples), "weights": evaluation.weights_sum(model), "count": count, "seed": seed, "kind": "cloze"}
-    file = _folder() / f"cloze-{_sum(facts)}.json"
+    facts = {"samples": ids_sum(samples), "weights": weights_sum(model), "count": count, "seed": seed, "code": code_hash(ROOMS)}
+    file = folder() / f"cloze-{_sum(facts)}.json"
     with FileLock(file.with_suffix(".lock")):
         if not file.is_file():
             items = cloze_items(tokenizer, samples, count=count, seed=seed)
@@ -115,15 +132,35 @@ def cloze_set(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sample
                     f"The dense model fills {value:.0%} of {len(items)} blanks in {name} right, where chance is {1 / CHOICES:.0%}: "
                     "the items would not show what pruning costs; take text in a language of the model, or longer samples."
                 )
+            said = f"dense model {value:.1%} right, chance {1 / CHOICES:.0%}"
+            _describe(file, "cloze", f"{count} blanks in {name}", selfgen.called(model), seed, ids_sum(items), said)
             _write(file, json.dumps(items.tolist()))
-            _describe(file, "cloze", f"{count} blanks in {name}", seed, ids_sum(items), f"dense model {value:.1%} right, chance {1 / CHOICES:.0%}")
     return torch.tensor(json.loads(file.read_text(encoding="utf-8")))
 
 
+def cloze_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, corpus: str, *, length: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """(samples, items): `cloze_set` in as much of a corpus's test split as it takes.
+
+    Raises:
+        ConfigError: as `cloze_set`, or the whole split is too short.
+    """
+    count = FIRST
+    while True:
+        samples = data.load_samples(corpus, tokenizer, count=count, length=length, split="test", seed=seed)
+        try:
+            return samples, cloze_set(model, tokenizer, samples, f"{corpus} test", seed=seed)
+        except FewBlanks:
+            if not any(_word(tokenizer, token) for token in samples.unique().tolist()):
+                raise  # more of it would not help
+            count *= 2
+
+
 def listed() -> list[dict[str, Any]]:
-    """What has been made: kind, size, seed, fingerprint, about."""
+    """What has been made: kind, size, model, seed, fingerprint, about."""
     found = []
-    for file in sorted(_folder().glob("*.about")):
+    for file in sorted(folder().glob("*.about")):
+        if not any(file.with_suffix(kind).is_file() for kind in (".json", ".jsonl")):
+            continue
         try:
             found.append(json.loads(file.read_text(encoding="utf-8")))
         except ValueError:
@@ -136,34 +173,36 @@ def text_sum(corpus: str) -> str:
     return hashlib.sha256(data.identity(corpus, "test").encode()).hexdigest()[:12]
 
 
-def ids_sum(ids: Tensor) -> str:
-    """A fingerprint of token ids and their shape."""
-    return hashlib.sha256(repr(tuple(ids.shape)).encode() + ids.cpu().contiguous().numpy().tobytes()).hexdigest()[:12]
-
-
 def _word(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
-    """The word that a token is: a space, then letters only."""
-    text = tokenizer.decode([token])
-    return text[1:] if text[:1] == " " and len(text) > LETTERS and text[1:].isalpha() else ""
+    """The word that a token is: letters only, after a mark of its beginning."""
+    text = tokenizer.decode([token]).strip()
+    return text if _starts_a_word(tokenizer, token) and len(text) >= LETTERS and text.isalpha() else ""
 
 
-def _begins(tokenizer: PreTrainedTokenizerBase, token: int) -> bool:
-    """Whether a token ends the word before it."""
-    return not tokenizer.decode([token])[:1].isalnum()
+def _starts_a_word(tokenizer: PreTrainedTokenizerBase, token: int) -> bool:
+    """By the token itself: some decoders drop the space before a first word."""
+    return tokenizer.convert_ids_to_tokens(token)[:1] in MARKS
 
 
-def _folder() -> Path:
-    folder = assets.cache_dir() / "testsets"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+def _ends_a_word(tokenizer: PreTrainedTokenizerBase, token: int) -> bool:
+    """Whether the word before a token is complete: another one starts, or something that is no letter follows."""
+    return _starts_a_word(tokenizer, token) or not tokenizer.decode([token])[:1].isalnum()
+
+
+def folder() -> Path:
+    """Where made sets are kept."""
+    found = assets.cache_dir() / "testsets"
+    found.mkdir(parents=True, exist_ok=True)
+    return found
 
 
 def _sum(facts: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def _describe(file: Path, kind: str, size: str, seed: int, fingerprint: str, about: str) -> None:
-    _write(file.with_suffix(".about"), json.dumps({"kind": kind, "size": size, "seed": seed, "fingerprint": fingerprint, "about": about}))
+def _describe(file: Path, kind: str, size: str, model: str, seed: int, fingerprint: str, about: str) -> None:
+    facts = {"kind": kind, "size": size, "model": model, "seed": seed, "fingerprint": fingerprint, "about": about}
+    _write(file.with_suffix(".about"), json.dumps(facts))
 
 
 def _write(file: Path, text: str) -> None:

@@ -162,6 +162,15 @@ def test_a_file_has_one_split_under_every_name(text: str, documents: str, tokeni
 # What is refused
 
 
+def test_beginnings_are_as_many_as_there_are(text: str, documents: str, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert len(data.prefixes(documents, tokenizer, length=40)) == 20
+    monkeypatch.setattr(data, "PREFIXES", 5)
+    found = data.prefixes(text, tokenizer, length=8, seed=3)
+    assert found.tolist() == data.load_samples(text, tokenizer, count=5, length=8, seed=3).tolist()
+    with pytest.raises(ConfigError, match="holds only 0 samples"):
+        data.prefixes(documents, tokenizer, length=100_000)
+
+
 def test_too_little_text_says_how_many_are_possible(text: str, documents: str, tokenizer: Any) -> None:
     possible = len(TEXT) // 50
     with pytest.raises(ValueError, match=f"holds only {possible} samples of 50 tokens, and {possible + 1} were asked for"):

@@ -115,7 +115,7 @@ def test_what_early_stopping_threw_away_does_not_count() -> None:
 
 
 def test_live_says_each_thing_once_and_the_moment_it_turns() -> None:
-    live = overfit.Live(OverfitConfig(), windows=4)
+    live = overfit.Live(OverfitConfig())
     errors, training = [], []
     said = []
     for block, ratio in enumerate([1.2, 2.1, 2.2, 3.5]):
@@ -125,9 +125,12 @@ def test_live_says_each_thing_once_and_the_moment_it_turns() -> None:
         said.append(live.look(errors, training))
     assert [len(s) for s in said] == [0, 1, 1, 1]
     assert "block 1" in said[1][0] and "2.10 times" in said[1][0]
-    assert "1 of 4 windows" in said[2][0]
+    assert "1 of the 3 windows" in said[2][0]
     assert "block 3" in said[3][0] and "overfitting from 3" in said[3][0]
     assert live.look(errors, training) == []
+    again = overfit.Live(OverfitConfig())
+    again.replay(errors, training)
+    assert again.look([*errors, (4, "calibration", 1.0, 1.0), (4, "wiki", 3.6, 3.6)], training) == [], "what was said before a stop is not said again"
 
 
 def test_a_walk_warns_while_it_runs(capsys: pytest.CaptureFixture[str]) -> None:
@@ -142,10 +145,10 @@ def test_a_walk_warns_while_it_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert not [note for note in quiet.notes if note.startswith("Overfitting?")]
 
 
-def run(technique: str, nll: list[float], held: float = 1.2, seed: int = 0, **how: Any) -> SimpleNamespace:
+def run(technique: str, nll: list[float], held: float = 1.2, seed: int = 0, samples: str = "same", **how: Any) -> SimpleNamespace:
     made = result(1.0, {"wiki": held})
     made.id, made.config = f"{technique}-{seed}", RunConfig("tiny", seed=seed, prune=PruneConfig(technique=technique, **how))
-    made.record = {"evaluation": {"perplexity": [{"corpus": "wiki", "nll": nll}]}}
+    made.record = {"evaluation": {"perplexity": [{"corpus": "wiki", "nll": nll, "samples": samples}]}}
     made.metrics = {}
     return made
 
@@ -154,6 +157,8 @@ def test_an_outcome_is_worse_beyond_the_interval_of_the_best_simpler_technique()
     base = [3.0, 3.1, 2.9, 3.0]
     better, worse, noisy = ([b + d for b, d in zip(base, ds, strict=True)] for ds in ([-0.1] * 4, [0.1, 0.11, 0.1, 0.09], [0.9, -0.8, 0.9, -0.8]))
     table = overfit.outcomes([run("LR", base), run("BR", better), run("BR+GP", worse), run("BR+GP+CR", noisy), run("BR", worse, seed=1)], ["wiki"])
+    assert overfit.outcomes([run("LR", base), run("BR", worse, samples="others")], ["wiki"]).empty, "other sequences are no pairs"
+    assert set(table.verdict) == {"fine"} and set(overfit.FACTS) < set(table.columns)
     table = table.set_index("technique")
     assert list(table.index) == ["BR", "BR+GP", "BR+GP+CR"], "the simplest has nothing simpler, and another seed is another question"
     assert table.against.to_dict() == {"BR": "LR", "BR+GP": "BR", "BR+GP+CR": "BR"}

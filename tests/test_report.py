@@ -118,9 +118,11 @@ def test_a_run_and_a_result_are_described_in_full() -> None:
         config=RunConfig("tiny", prune=PruneConfig(criterion="wanda")),
         metrics={"sparsity": 0.5},
         notes=["Kept dense."],
+        errors=pd.DataFrame(columns=["block", "source", "mse", "nmse"]),
+        training=pd.DataFrame(columns=["window", "epoch", "source", "loss"]),
     )
     said = report.describe(run)
-    for text in ("aaa", "tiny", "prune.criterion", "wanda", "sparsity", "Kept dense."):
+    for text in ("nothing was pruned", "aaa", "tiny", "prune.criterion", "wanda", "sparsity", "Kept dense."):
         assert text in said
     errors = pd.DataFrame(
         {"block": [0, 0, 1, 1], "source": ["calibration", "wiki"] * 2, "mse": [1.0, 2.0, 3.0, 4.0], "nmse": [0.07, 0.08, 0.03, 0.04]}

@@ -177,6 +177,7 @@ def test_one_draw_of_test_samples_for_runs_of_several_seeds() -> None:
     assert b.config.draw == 0 and c.config.draw == 1 and len({a.id, b.id, c.id}) == 3
     dense = [runs.fingerprint(config(prune=None, seed=seed, test_seed=test)) for seed, test in ((0, None), (1, 0), (1, None))]
     assert dense[0] == dense[1] != dense[2]
+    assert list(runs.changes(b, a).set) == ["pydocs"] and runs.changes(c, a).empty, "other sequences are no pairs"
     assert nll[1] != nll[2]
 
 
@@ -186,7 +187,10 @@ def test_thresholds_of_the_verdict_decide_no_number() -> None:
     run = runs.run(config(prune=strict))
     assert run.record["verdict"] == "overfitting" and any(note.startswith("Overfitting?") for note in run.notes)
     block = models.blocks(models.load_model("tiny")[0])[1][0]
-    assert run.metrics["data per parameter"] == pytest.approx(4 * 32 * 64 / sum(p.numel() for p in block.parameters()))
+    left = sum(p.numel() / (2 if p.ndim == 2 else 1) for p in block.parameters())
+    assert run.metrics["data per parameter"] == pytest.approx(4 * 32 * 64 / left, rel=0.01)
+    lenient = runs.run(config(prune=PruneConfig(technique="BR", epochs=1, overfit=OverfitConfig(watch=900, overfitting=900, many=1, transfer=0))))
+    assert lenient.cached and lenient.id == run.id and lenient.record["verdict"] == "fine", "the same record, seen by other thresholds"
 
 
 def test_keep_model_keeps_a_folder_and_makes_it_where_it_is_missing() -> None:

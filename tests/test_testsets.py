@@ -13,7 +13,10 @@ from reconkit import assets, evaluation, models, testsets
 from reconkit.config import ConfigError, SelfGenConfig
 
 VOCABULARY = {2: ".", 3: "ing", **{10 + i: f" {w}" for i, w in enumerate(["river", "house", "garden", "winter", "stone", "of", "Paris2", "bread"])}}
-WORDS = SimpleNamespace(decode=lambda ids: "".join(VOCABULARY[int(i)] for i in ids))
+WORDS = SimpleNamespace(
+    decode=lambda ids: "".join(VOCABULARY[int(i)] for i in ids).lstrip(" "),  # as SentencePiece decoders do
+    convert_ids_to_tokens=lambda i: VOCABULARY[int(i)].replace(" ", "▁"),
+)
 CONFIG = SelfGenConfig(batch_size=4)
 
 
@@ -95,7 +98,7 @@ def test_a_set_is_made_once_and_listed(tiny: tuple, monkeypatch: pytest.MonkeyPa
     assert torch.equal(testsets.cloze_set(tiny[0], WORDS, text(60), "made test", count=500), items)
     [row] = testsets.listed()
     assert row["kind"] == "cloze" and row["size"] == "500 blanks in made test" and row["seed"] == 0
-    assert "80.0% right" in row["about"] and row["fingerprint"] == testsets.ids_sum(items)
+    assert "80.0% right" in row["about"] and row["fingerprint"] == evaluation.ids_sum(items)
 
 
 def test_own_text_is_made_once_and_test_text_is_never_calibration_text(tiny: tuple, cache: Path) -> None:
@@ -108,5 +111,18 @@ def test_own_text_is_made_once_and_test_text_is_never_calibration_text(tiny: tup
     test = testsets.own_test(*tiny, count=6, length=16)
     assert test.shape == first.shape and not torch.equal(test, first)
     assert not {tuple(row) for row in test.tolist()} & {tuple(row) for row in first.tolist()}
-    assert [row["seed"] for row in testsets.listed()] == [0, 0]
-    assert testsets.ids_sum(first) in {row["fingerprint"] for row in testsets.listed()}
+    [row] = testsets.listed()  # calibration text is no test set
+    assert (row["kind"], row["seed"], row["size"]) == ("own text", 0, "6 texts of 16 tokens") and row["model"]
+    assert row["fingerprint"] == evaluation.ids_sum(test)
+
+
+def test_a_corpus_gives_as_many_samples_as_the_blanks_take(tiny: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(testsets.data, "load_samples", lambda *_, count, **__: asked.append(count) or text(count))
+    monkeypatch.setattr(evaluation, "cloze", lambda model, samples, items, **_: torch.ones(len(items), dtype=torch.bool))
+    samples, items = testsets.cloze_of(tiny[0], WORDS, "made", length=40)
+    assert asked == [16, 32] and len(samples) == 32 and len(items) == 500
+    asked.clear()
+    with pytest.raises(ConfigError, match="only 0 blanks"):
+        testsets.cloze_of(*tiny, "made", length=40)
+    assert asked == [16], "single bytes make no words, however many there are"

@@ -1,0 +1,253 @@
+"""Zero-shot accuracy by lm-eval's own task definitions, on the live model and without a hub."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import io
+import json
+import logging
+import math
+import os
+import random
+import tempfile
+from collections.abc import Iterator, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from . import assets, data
+from .config import ConfigError, one_of, require
+from .models import read_on, weights_sum
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Z95 = 1.959964  # half-width of a 95 % interval in standard errors
+# The folders of lm-eval's own task definitions: scanning all of its thousands takes a quarter of a minute.
+DEFINITIONS = ("super_glue/boolq", "glue/rte", "hellaswag", "winogrande", "arc", "openbookqa")
+METRICS = ("acc", "acc_norm")
+COLUMNS = ["task", "metric", "value", "stderr", "n", "difference", "low", "high", "p"]
+
+
+def check_tasks(tasks: Sequence[str]) -> None:
+    """Whether these can be asked here, without asking anything.
+
+    Raises:
+        ConfigError: an unknown task, or lm-eval is not installed.
+    """
+    for task in tasks:
+        require(task in data.TASKS, "task", task, one_of(tuple(data.TASKS)))
+    if tasks and importlib.util.find_spec("lm_eval") is None:
+        raise ConfigError("Zero-shot tasks need lm-eval; install it with: pip install 'reconkit[eval]'.")
+
+
+def zero_shot(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[str],
+    *,
+    limit: int | None = None,
+    seed: int = 0,
+    against: PreTrainedModel | None = None,
+) -> pd.DataFrame:
+    """Accuracy on lm-eval's own task definitions, without a hub. Answers are kept by the sum of the weights, so that a dense
+    model answers once for all that are compared with it.
+
+    Args:
+        tasks: any of boolq, rte, hellaswag, winogrande, arc_easy, arc_challenge, openbookqa.
+        limit: items of each task, a seeded draw; None: all.
+        against: another model that answers the same items, usually the dense one.
+
+    Returns:
+        A row a task and metric: task, metric (acc, the length-unnormalised one that the paper reports, and acc_norm where the
+        task has it), value, stderr, n, difference (value − the other's, NaN without `against`), low and high: the paired
+        95 % interval of the difference, or of the value where nothing is compared; p: McNemar's exact test of the same items.
+
+    Raises:
+        ConfigError: an unknown task, `limit` below 1, or lm-eval is not installed.
+    """
+    check_tasks(tasks)
+    require(limit is None or limit >= 1, "limit", limit, "a whole number of at least 1, or None for all")
+    answers = _answers(model, tokenizer, tasks, limit, seed)
+    others = _answers(against, tokenizer, tasks, limit, seed) if against is not None else None
+    rows = []
+    for task in tasks:
+        for metric, given in answers[task].items():
+            right = torch.tensor(given, dtype=torch.float64)
+            value, stderr = float(right.mean()), _standard_error(right)
+            centre, spread, difference, p = value, stderr, math.nan, math.nan
+            if others is not None:
+                other = torch.tensor(others[task][metric], dtype=torch.float64)
+                centre = difference = float((right - other).mean())
+                spread, p = _standard_error(right - other), mcnemar(right, other)
+            rows.append((task, metric, value, stderr, len(right), difference, centre - Z95 * spread, centre + Z95 * spread, p))
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def mcnemar(first: torch.Tensor, second: torch.Tensor) -> float:
+    """Two-sided exact p of McNemar's test: were as many items (n,) won as lost? 1 where none differ."""
+    won, lost = int((first > second).sum()), int((first < second).sum())
+    tail = sum(math.comb(won + lost, k) for k in range(min(won, lost) + 1)) / 2 ** (won + lost)
+    return min(1.0, 2 * tail)
+
+
+def _standard_error(values: torch.Tensor) -> float:
+    return float(values.std() / math.sqrt(len(values))) if len(values) > 1 else math.inf
+
+
+Answers = dict[str, dict[str, list[float]]]
+"Task → metric → whether each drawn item was answered right."
+
+
+def _answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[str], limit: int | None, seed: int) -> Answers:
+    """From the cache, or asked now."""
+    folder = assets.cache_dir() / "answers"
+    whose = [weights_sum(model), str(model.dtype), model.device.type, version("lm_eval"), len(tokenizer)]
+    files = {}
+    for task in tasks:
+        facts = [*whose, task, data.task_identity(task), limit, seed]
+        files[task] = folder / f"{task}-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]}.json"
+    missing = [task for task in tasks if not files[task].is_file()]
+    for task, found in (_ask(model, tokenizer, missing, limit, seed) if missing else {}).items():
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = files[task].with_name(f".{files[task].name}.{os.getpid()}")
+        partial.write_text(json.dumps(found), encoding="utf-8")
+        os.replace(partial, files[task])
+    return {task: json.loads(files[task].read_text(encoding="utf-8")) for task in tasks}
+
+
+def _ask(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[str], limit: int | None, seed: int) -> Answers:
+    """Let lm-eval ask."""
+    import lm_eval.tasks
+
+    folders = [str(Path(lm_eval.tasks.__path__[0]) / folder) for folder in DEFINITIONS]
+    with tempfile.TemporaryDirectory() as scratch, _quiet():
+        apart = {"cache_dir": str(Path(scratch) / "cache")}
+        members = [_member(task, _draw(data.task_data(task), Path(scratch) / f"{task}.jsonl", limit, seed), apart) for task in tasks]
+        found = lm_eval.simple_evaluate(
+            model=_scorer(model, tokenizer),
+            tasks=[{"group": "drawn", "task": members}],
+            task_manager=lm_eval.tasks.TaskManager(include_path=folders, include_defaults=False),
+            log_samples=True,
+            bootstrap_iters=0,
+            random_seed=seed,
+            numpy_random_seed=seed,
+            torch_random_seed=seed,
+        )
+    answers: Answers = {}
+    for task in tasks:
+        items = sorted(found["samples"][task], key=lambda s: s["doc_id"])
+        answers[task] = {metric: [float(s[metric]) for s in items] for metric in METRICS if metric in items[0]}
+    return answers
+
+
+GROUP = "reconkit"
+
+
+def write_tasks(folder: str | Path, tasks: Sequence[str], *, limit: int | None = None, seed: int = 0) -> Path:
+    """The drawn items, and a group that lets lm-eval's own command line ask them: `lm_eval --include_path folder --tasks reconkit …`.
+
+    Returns:
+        the group's file.
+
+    Raises:
+        ConfigError: as `zero_shot`.
+    """
+    check_tasks(tasks)
+    path = Path(folder).absolute()
+    path.mkdir(parents=True, exist_ok=True)
+    members = []
+    for task in tasks:
+        drawn = _draw(data.task_data(task), path / f"{task}.jsonl", limit, seed)
+        members.append(_member(task, drawn, {}))
+    file = path / f"{GROUP}.yaml"  # JSON is YAML
+    file.write_text(json.dumps({"group": GROUP, "task": members}, indent=1) + "\n", encoding="utf-8")
+    return file
+
+
+def _member(task: str, drawn: Path, more: dict[str, str]) -> dict[str, Any]:
+    """lm-eval's own definition of a task, with other data."""
+    files = {"data_files": {"validation": str(drawn), "test": str(drawn)}, **more}
+    return {"task": task, "dataset_path": "json", "dataset_name": None, "training_split": None, "dataset_kwargs": files}
+
+
+def _scorer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Any:
+    """lm-eval's model over a live one; on a CPU the choices of a question share the work on it.
+
+    Requests with one context are answered from one pass over that context and one over all their continuations, and only the
+    continuations' logits are looked at. A GPU would rather have large batches, which the plain path has.
+    """
+    from lm_eval.models.huggingface import HFLM
+
+    class Shared(HFLM):
+        def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None) -> list[tuple[float, bool]]:
+            if self.device.type != "cpu" or any(len(c) + len(k) > self.max_length for _, c, k in requests):
+                return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
+            groups: dict[tuple[int, ...], list[int]] = {}
+            for i, (_, context, _) in enumerate(requests):
+                groups.setdefault(tuple(context), []).append(i)
+            answers: dict[int, tuple[float, bool]] = {}
+            for context, members in groups.items():
+                found = continuations(model, list(context), [requests[i][2] for i in members])
+                answers |= dict(zip(members, found, strict=True))
+            return [answers[i] for i in range(len(requests))]
+
+    return Shared(pretrained=model, tokenizer=tokenizer, batch_size=8)
+
+
+@torch.no_grad()
+def continuations(model: PreTrainedModel, context: list[int], ends: Sequence[list[int]]) -> list[tuple[float, bool]]:
+    """(log p of each continuation given `context`, whether it is what the model would write greedily).
+
+    Args:
+        context: token ids, at least one.
+        ends: token ids of each continuation, at least one token each.
+    """
+    cache = None
+    if len(context) > 1:
+        _, cache = read_on(model, torch.tensor([context[:-1]], device=model.device), logits_to_keep=1)
+        cache.batch_repeat_interleave(len(ends))
+    width = max(map(len, ends))
+    rows = torch.zeros(len(ends), width, dtype=torch.long, device=model.device)  # padding comes after what is looked at
+    for row, end in zip(rows, ends, strict=True):
+        row[: len(end)] = torch.tensor([context[-1], *end[:-1]])
+    logits, _ = read_on(model, rows, cache)
+    found = []
+    for scores, end in zip(logits, ends, strict=True):
+        likely, chosen = scores[: len(end)].float().log_softmax(-1), torch.tensor(end, device=scores.device)
+        found.append((float(likely.gather(1, chosen[:, None]).sum()), bool((likely.argmax(-1) == chosen).all())))
+    return found
+
+
+def _draw(source: Path, to: Path, limit: int | None, seed: int) -> Path:
+    """A seeded draw of `limit` items, in their order, as a file of its own."""
+    items = source.read_text(encoding="utf-8").removesuffix("\n").split("\n")  # JSON strings may hold other line separators
+    if limit is not None and limit < len(items):
+        items = [items[i] for i in sorted(random.Random(seed).sample(range(len(items)), limit))]
+    to.write_text("\n".join(items) + "\n", encoding="utf-8")
+    return to
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without lm-eval's and datasets' logging and bars, and with the random state as it was."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    python, numpy, stderr = random.getstate(), np.random.get_state(), os.dup(2)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)  # lm-eval asks git for a version, and git writes past sys.stderr
+    try:
+        with torch.random.fork_rng(), contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        random.setstate(python)
+        np.random.set_state(numpy)
+        logging.disable(level)
