@@ -15,6 +15,7 @@ import pandas as pd
 from .config import OverfitConfig, PruneConfig, to_dict
 
 TRAINED = ("calibration", "extra")
+HELD = 3  # blocks in a row on which the ratio must hold before it is warned of: one block's error may be tiny and its ratio anything
 FIRST = 3  # windows before the share of those that turned up says anything
 Z95 = 1.959964  # half-width of a 95 % interval in standard errors
 TRY = {
@@ -173,7 +174,8 @@ def _compared(own: Mapping[str, Any], other: Mapping[str, Any] | None) -> tuple[
 
 
 class Live:
-    """Follows a walk and says the moment it turns: once when the ratio reaches each threshold, once when many windows' losses turned up."""
+    """Follows a walk and says the moment it turns: once when the ratio has held above each threshold for three blocks, and once when
+    the losses of many windows turned up."""
 
     def __init__(self, config: OverfitConfig, *, kept_best: bool = False) -> None:
         self.config, self.kept_best, self.said = config, kept_best, set[str]()
@@ -182,10 +184,12 @@ class Live:
         """New warnings, given all rows so far."""
         table = ratios(pd.DataFrame(errors, columns=["block", "source", "mse", "nmse"]))
         found = []
-        if not table.empty:
+        if table.block.nunique() >= HELD:
+            recent = table[table.block > table.block.max() - HELD]
+            held = recent.groupby("source").ratio.min().max()  # of the source on which it held best
             last = table[table.block == table.block.max()].sort_values("ratio").iloc[-1]
             for word in ("overfitting", "watch"):
-                if last.ratio >= getattr(self.config, word) and not self.said & {word, "overfitting"}:
+                if held >= getattr(self.config, word) and not self.said & {word, "overfitting"}:
                     self.said |= {word}
                     found.append(
                         f"Overfitting? After block {last.block} the error on {last.source} is {last.ratio:.2f} times that on the calibration "
@@ -311,10 +315,12 @@ TRAINING = frozenset(
 
 
 def _question(run: Any) -> str:
-    """What runs share whose techniques can be compared: everything but how they were trained."""
-    prune = {name: value for name, value in to_dict(run.config.prune).items() if name not in TRAINING}
-    rest = {name: value for name, value in to_dict(run.config).items() if name not in ("prune", "tag", "keep_model", "test_seed")}
-    return repr((run.record.get("made_from", {}).get("model"), run.config.draw, sorted(rest.items()), sorted(prune.items())))
+    """What runs share whose techniques can be compared: everything that decides their numbers but how they were trained."""
+    made_from = run.record.get("made_from", {})
+    known = made_from.get("configuration") or {**to_dict(run.config), "draw": run.config.draw}
+    prune = {name: value for name, value in known["prune"].items() if name not in TRAINING}
+    rest = {name: value for name, value in known.items() if name not in ("prune", "tag", "keep_model", "test_seed")}
+    return repr((made_from.get("model"), sorted(rest.items()), sorted(prune.items())))
 
 
 def _row(run: Any, corpus: str) -> Mapping[str, Any] | None:

@@ -199,6 +199,7 @@ def changes(data: pd.DataFrame, by: str, rows: str = "set", *, label: str = "cha
     ax.axvline(0, color=INK, linewidth=0.8)
     ax.set_yticks(range(len(words)), [NAMES.get(w, str(w)) for w in words])
     ax.set_xlabel(label)
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:+.0%}" if value else "0"))
     ax.margins(y=0.12)
     ax.invert_yaxis()
     if len(kinds) > 1:

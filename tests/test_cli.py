@@ -204,6 +204,32 @@ def test_an_unknown_task_is_refused_before_a_model_is_loaded(monkeypatch: pytest
     assert "boolq" in capsys.readouterr().err
 
 
+def test_evaluate_on_text_of_the_dense_models_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "own.json"
+    words = ("evaluate", "tiny", "--against", "tiny", "--perplexity", "pydocs", "self", "--count", "4", "--length", "32", "--out", str(out))
+    assert status(*words) == 0
+    record = json.loads(out.read_text())
+    assert [row["corpus"] for row in record["perplexity"]] == ["pydocs", "self"] and record["perplexity"][1]["split"] == "given"
+    assert [row["ratio"] for row in record["perplexity"]] == [1, 1] and "self" in capsys.readouterr().out
+    assert status("evaluate", "tiny", "--perplexity", "pydocs", "--cloze", "--length", "32") == 2
+    assert "0 blanks" in capsys.readouterr().err
+    assert status("evaluate", "tiny", "--perplexity", "self", "--cloze") == 2
+    assert "--perplexity" in capsys.readouterr().err
+
+
+def test_data_writes_tasks_for_lm_evals_own_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("lm_eval")
+    from reconkit import data
+
+    items = tmp_path / "items.jsonl"
+    items.write_text("".join(f'{{"n": {i}}}\n' for i in range(9)))
+    monkeypatch.setattr(data, "task_data", lambda task: items)
+    assert status("data", "--lm-eval", str(tmp_path / "tasks"), "--limit", "4") == 0
+    assert f"--include_path {tmp_path / 'tasks'} --tasks reconkit" in capsys.readouterr().out
+    assert len((tmp_path / "tasks" / "boolq.jsonl").read_text().splitlines()) == 4
+    assert len(json.loads((tmp_path / "tasks" / "reconkit.yaml").read_text())["task"]) == 7
+
+
 def test_evaluate_writes_one_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "new" / "record.json"
     assert status("evaluate", "tiny", "--perplexity", "pydocs", "--count", "4", "--length", "32", "--out", str(out)) == 0
