@@ -157,9 +157,13 @@ def test_an_interrupt_ends_the_process(tmp_path: Path) -> None:
         os.kill(os.getpid(), signal.SIGINT)
 
     before = sys.modules["__main__"]
+    ignored = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores interrupts
     threading.Thread(target=interrupt).start()
-    with pytest.raises(KeyboardInterrupt):
-        cost.apart(note_and_sleep, file)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            cost.apart(note_and_sleep, file)
+    finally:
+        signal.signal(signal.SIGINT, ignored)
     assert gone(noted(file)) and sys.modules["__main__"] is before and cost.apart(os.getpid) != os.getpid()
 
 
