@@ -167,7 +167,7 @@ def task_data(task: str) -> Path:
         return found[0]
     file = assets.cache_dir() / "tasks" / _made_by() / f"{TASKS[task]}.jsonl"
     if not file.is_file():
-        _write(file, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in _task_records(task)))
+        write_text(file, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in _task_records(task)))
     return file
 
 
@@ -445,7 +445,7 @@ def _pydocs() -> dict[str, str]:
     """Prose of the standard library's docstrings, module by module; kept, because parsing it takes seconds."""
     file = assets.cache_dir() / "text" / _made_by() / f"pydocs-{platform.python_version()}.json"
     if not file.is_file():
-        _write(file, json.dumps(_docstrings(), indent=0))
+        write_text(file, json.dumps(_docstrings(), indent=0))
     return json.loads(file.read_text(encoding="utf-8"))
 
 
@@ -537,7 +537,7 @@ def _file_sum(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _write(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
     """Write aside and move into place, so that a broken write never looks whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")

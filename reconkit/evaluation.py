@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import cost, data, packing
-from .config import require
+from .config import Z95, require
 from .latency import latency
 from .models import blocks, read_on, weight_views, weights_sum
 from .zeroshot import check_tasks, zero_shot
@@ -22,7 +22,6 @@ from .zeroshot import check_tasks, zero_shot
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-Z95 = 1.959964  # half-width of a 95 % interval in standard errors
 SPARE = 0.1  # share of zeros that a model may have besides its masks: restored weights hold some
 RESAMPLES = 2000  # of a bootstrap
 LOGITS = 2**26  # logits held at once; a large vocabulary must not decide how much memory an evaluation takes

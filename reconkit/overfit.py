@@ -12,12 +12,11 @@ from typing import Any
 
 import pandas as pd
 
-from .config import OverfitConfig, PruneConfig, to_dict
+from .config import Z95, OverfitConfig, PruneConfig, to_dict
 
 TRAINED = ("calibration", "extra")
 HELD = 3  # blocks in a row on which the ratio must hold before it is warned of: one block's error may be tiny and its ratio anything
 FIRST = 3  # windows before the share of those that turned up says anything
-Z95 = 1.959964  # half-width of a 95 % interval in standard errors
 TRY = {
     "masks": "more calibration samples",
     "data": "more calibration samples, or self-generated ones (extra)",
@@ -170,7 +169,7 @@ def _compared(own: Mapping[str, Any], other: Mapping[str, Any] | None) -> tuple[
     if other is None or own["samples"] != other["samples"] or len(own["nll"]) < 2:
         return None
     change = pd.Series(own["nll"]) - pd.Series(other["nll"])
-    return float(change.mean()), float(change.std() / math.sqrt(len(change)))
+    return float(change.mean()), float(change.sem())
 
 
 class Live:
@@ -233,7 +232,7 @@ def outcomes(runs: Iterable[Any], corpora: Iterable[str]) -> pd.DataFrame:
     for group, members in groups.items():
         for run in members:
             simpler = [r for r in members if order[r.config.prune.technique] < order[run.config.prune.technique]]
-            found = facts(run)
+            found = {"verdict": verdict(run)[0], **facts(run)}
             for corpus in corpora:
                 own = _row(run, corpus)
                 others = [(r, row) for r in simpler if own and (row := _row(r, corpus)) and row["samples"] == own["samples"]]
@@ -255,7 +254,6 @@ def outcomes(runs: Iterable[Any], corpora: Iterable[str]) -> pd.DataFrame:
                         "change": change,
                         "error": error,
                         "worse": change > Z95 * error,
-                        "verdict": verdict(run)[0],
                         **found,
                     }
                 )

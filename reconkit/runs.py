@@ -28,7 +28,7 @@ from filelock import FileLock
 
 from . import assets, cost, data, evaluation, models, pruning, testsets
 from .checkpoint import code_hash
-from .config import SELF, ConfigError, OverfitConfig, RunConfig, from_dict, require, to_dict
+from .config import SELF, Z95, ConfigError, OverfitConfig, RunConfig, from_dict, require, to_dict
 from .overfit import verdict
 from .reconstruct import resolve_precision
 
@@ -39,6 +39,7 @@ ROOMS = (
     "criteria",
     "data",
     "evaluation",
+    "latency",
     "models",
     "overfit",
     "pruning",
@@ -406,7 +407,7 @@ def changes(run: Run, against: Run) -> pd.DataFrame:
     if own and other and own["items"] == other["items"]:
         difference = torch.tensor(own["right"]) - torch.tensor(other["right"])
         value, error = float(difference.double().mean()), evaluation.clustered_error(difference, torch.tensor(own["sample"]))
-        rows.append(("cloze", "accuracy", value, value - evaluation.Z95 * error, value + evaluation.Z95 * error, False))
+        rows.append(("cloze", "accuracy", value, value - Z95 * error, value + Z95 * error, False))
     return pd.DataFrame(rows, columns=["set", "measure", "value", "low", "high", "lower_is_better"])
 
 

@@ -161,21 +161,19 @@ def write(
     made = made_by(model, config or SelfGenConfig(), length=length, seed=seed, prefixes=prefixes)
     options = {"count": count, "length": length, "seed": seed, "config": config, "prefixes": prefixes, "progress": progress}
     lock = path.with_name(f".{path.name}.lock")  # two that write one file would mix their batches
+    whole = path.with_name(f".{path.name}.{os.getpid()}")
     with FileLock(lock):
         try:
             found = generate(model, tokenizer, **options, partial=partial)
+            with whole.open("w", encoding="utf-8", newline="\n") as out:
+                for row, value in zip(found.tokens.tolist(), found.perplexity, strict=True):
+                    line = {"text": tokenizer.decode(row), "tokens": row, "perplexity": round(value, 4), "made": made}
+                    out.write(json.dumps(line, ensure_ascii=False) + "\n")
+            os.replace(whole, path)
+            partial.unlink(missing_ok=True)
         finally:
+            whole.unlink(missing_ok=True)
             lock.unlink(missing_ok=True)
-    whole = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with whole.open("w", encoding="utf-8", newline="\n") as out:
-            for row, value in zip(found.tokens.tolist(), found.perplexity, strict=True):
-                line = {"text": tokenizer.decode(row), "tokens": row, "perplexity": round(value, 4), "made": made}
-                out.write(json.dumps(line, ensure_ascii=False) + "\n")
-        os.replace(whole, path)
-    finally:
-        whole.unlink(missing_ok=True)
-    partial.unlink(missing_ok=True)
     return found
 
 
@@ -222,7 +220,7 @@ def _batch(
         ids = ids.to(model.device)
         for sample, new in steps:
             if new and len(ids):
-                free = {"temperature": config.temperature, "top_k": 0, "top_p": 1.0} if sample else dict.fromkeys(("temperature", "top_k", "top_p"))
+                free = {"temperature": config.temperature, "top_k": 0, "top_p": 1.0} if sample else {}
                 with _plain(model, end):
                     ids = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=sample, max_new_tokens=new, **free)
                 ids = ids[~torch.isin(ids, special.to(ids.device)).any(1)]  # those that ended

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from . import assets, data, evaluation, selfgen
 from .checkpoint import code_hash
-from .config import TEST_SEEDS, ConfigError, SelfGenConfig, require
+from .config import TEST_SEEDS, Z95, ConfigError, SelfGenConfig, require
 from .evaluation import ids_sum
 from .models import weights_sum
 
@@ -83,7 +82,7 @@ def own_test(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, coun
 def cloze_items(tokenizer: PreTrainedTokenizerBase, samples: Tensor, *, count: int = LEAST, choices: int = CHOICES, seed: int = 0) -> Tensor:
     """Blanks in `samples` (N, T): (count, 2 + choices) of sample, position, the true token, and other words of the same text.
 
-    A blank is a whole word of at least four letters that is one token, in the second three quarters of its sample, where there is a
+    A blank is a whole word of at least four letters that is one token, in the last three quarters of its sample, where there is a
     context; the other candidates are drawn as often as they occur, so that frequency alone does not tell.
 
     Raises:
@@ -127,14 +126,14 @@ def cloze_set(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sample
             items = cloze_items(tokenizer, samples, count=count, seed=seed)
             right = evaluation.cloze(model, samples, items)
             value, error = float(right.double().mean()), evaluation.clustered_error(right, items[:, 0])
-            if value - evaluation.Z95 * error < 1 / CHOICES + CLEAR:
+            if value - Z95 * error < 1 / CHOICES + CLEAR:
                 raise ConfigError(
                     f"The dense model fills {value:.0%} of {len(items)} blanks in {name} right, where chance is {1 / CHOICES:.0%}: "
                     "the items would not show what pruning costs; take text in a language of the model, or longer samples."
                 )
             said = f"dense model {value:.1%} right, chance {1 / CHOICES:.0%}"
             _describe(file, "cloze", f"{count} blanks in {name}", selfgen.called(model), seed, ids_sum(items), said)
-            _write(file, json.dumps(items.tolist()))
+            data.write_text(file, json.dumps(items.tolist()))
     return torch.tensor(json.loads(file.read_text(encoding="utf-8")))
 
 
@@ -202,10 +201,4 @@ def _sum(facts: dict[str, Any]) -> str:
 
 def _describe(file: Path, kind: str, size: str, model: str, seed: int, fingerprint: str, about: str) -> None:
     facts = {"kind": kind, "size": size, "model": model, "seed": seed, "fingerprint": fingerprint, "about": about}
-    _write(file.with_suffix(".about"), json.dumps(facts))
-
-
-def _write(file: Path, text: str) -> None:
-    partial = file.with_name(f".{file.name}.{os.getpid()}")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, file)
+    data.write_text(file.with_suffix(".about"), json.dumps(facts))

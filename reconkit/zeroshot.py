@@ -22,13 +22,12 @@ import pandas as pd
 import torch
 
 from . import assets, data
-from .config import ConfigError, one_of, require
+from .config import Z95, ConfigError, one_of, require
 from .models import read_on, weights_sum
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-Z95 = 1.959964  # half-width of a 95 % interval in standard errors
 # The folders of lm-eval's own task definitions: scanning all of its thousands takes a quarter of a minute.
 DEFINITIONS = ("super_glue/boolq", "glue/rte", "hellaswag", "winogrande", "arc", "openbookqa")
 METRICS = ("acc", "acc_norm")
@@ -115,10 +114,7 @@ def _answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: 
         files[task] = folder / f"{task}-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]}.json"
     missing = [task for task in tasks if not files[task].is_file()]
     for task, found in (_ask(model, tokenizer, missing, limit, seed) if missing else {}).items():
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = files[task].with_name(f".{files[task].name}.{os.getpid()}")
-        partial.write_text(json.dumps(found), encoding="utf-8")
-        os.replace(partial, files[task])
+        data.write_text(files[task], json.dumps(found))
     return {task: json.loads(files[task].read_text(encoding="utf-8")) for task in tasks}
 
 
