@@ -188,7 +188,9 @@ def _suite_words(word: argparse.ArgumentParser) -> None:
     start = _word(words, "run", suite_run, "run the notebooks of a manifest; what is unchanged costs nothing")
     start.add_argument("manifest", metavar="NAME.toml")
     start.add_argument("--only", metavar="GLOB", help="only the entries whose name matches")
-    start.add_argument("--jobs", type=int, help="notebooks at once; default: 2 on a CPU, 1 on a GPU")
+    start.add_argument("--jobs", type=int, help="notebooks at once; default: 2 on a CPU, 1 on a GPU; on Ray only what decides the threads of each")
+    start.add_argument("--on", choices=["ray"], help="run them on Ray, one GPU each where there are GPUs; default: on this machine")
+    start.add_argument("--address", metavar="HOST:PORT", help="of a Ray cluster, or auto; default: a Ray is started here for the while")
     start.add_argument("--dry-run", action="store_true", help="check everything, say what would run, and run nothing")
     start.add_argument("--force", action="store_true", help="run what is unchanged, too")
     for name, call, text in (
@@ -394,7 +396,7 @@ def _write(file: Path, text: str) -> None:
 def suite_run(a: argparse.Namespace) -> int:
     from . import suite
 
-    return suite.run(a.manifest, only=a.only, jobs=a.jobs, dry_run=a.dry_run, force=a.force)
+    return suite.run(a.manifest, only=a.only, jobs=a.jobs, dry_run=a.dry_run, force=a.force, on=a.on, address=a.address)
 
 
 def suite_status(a: argparse.Namespace) -> None:

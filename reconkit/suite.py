@@ -31,22 +31,24 @@ import sys
 import tempfile
 import time
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import nbformat
 import pandas as pd
+import torch
 
-from . import data, models, runs
+from . import assets, cluster, data, models, runs
 from .config import SELF, ConfigError, one_of, require
 
 PUBLISHED = "published"
 OUT_DIR = "out_dir"
 PATHS = ("model", "corpus", "held_out", "test", "extra")
 "Parameters whose value may be a path."
-TIMED = ("seconds/", "memory/", "speed/", "ratio/")
+TIMED = ("seconds/", "memory/", "speed/", "ratio/", "gpu_hours/", "joules/", "money/")
 "Beginnings of measurements that differ between machines and are shown without a judgement."
 TOLERANCE = 0.03
 "Relative difference below which a number counts as reproduced: other processors sum in another order, and training amplifies it."
@@ -229,31 +231,39 @@ def _texts(parameters: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def run(manifest: str | Path, *, only: str | None = None, jobs: int | None = None, dry_run: bool = False, force: bool = False) -> int:
+def run(
+    manifest: str | Path,
+    *,
+    only: str | None = None,
+    jobs: int | None = None,
+    dry_run: bool = False,
+    force: bool = False,
+    on: str | None = None,
+    address: str | None = None,
+) -> int:
     """Run what is new or changed of a suite; returns the exit status: 0, or 1 when an entry failed.
 
     Args:
-        jobs: notebooks at once; None: two on a CPU, because two with half of the threads each finish sooner than one after the
-            other (small products leave threads waiting), and one on a GPU.
+        jobs: notebooks at once; None: two on a CPU (two with half of the threads each finish sooner than one after the other, because
+            small products leave threads waiting), one on a GPU. Ray runs what it has room for: there it decides only the threads of each.
+        on: None: in processes of this machine; "ray": on the cluster at `address`, or on a Ray that is started here for the while.
 
     Raises:
-        ConfigError: the manifest is wrong; nothing has run.
+        ConfigError: the manifest is wrong, or Ray cannot do it; nothing has run.
     """
+    cluster.check(on, address)
     suite = load_manifest(manifest)
     platform = runs.platform_key()
-    jobs = jobs if jobs is not None else 2 if platform["device"] == "cpu" and (os.cpu_count() or 1) > 1 else 1
-    require(isinstance(jobs, int) and jobs >= 1, "--jobs", jobs, "a whole number of at least 1")
-    chosen = [e for e in suite.entries if only is None or fnmatch.fnmatchcase(e.name, only)]
-    require(len(chosen) > 0, "--only", only, "a pattern that matches one of " + ", ".join(e.name for e in suite.entries))
+    jobs = _jobs(jobs, platform["device"])
+    chosen = _chosen(suite, only)
     keys = {e.name: key(e, platform) for e in chosen}
     todo = [e for e in chosen if force or _state(suite, e, keys[e.name]) != "unchanged"]
     if dry_run:
-        for e in chosen:
-            print(f"{'run' if e in todo else 'keep':<5} {e.name}: {e.notebook.name}, {', '.join(f'{k}={v!r}' for k, v in e.parameters.items())}")
-        return 0
+        return _plan(chosen, todo)
     if todo:
         suite.folder.mkdir(parents=True, exist_ok=True)
-        _execute_all(suite, todo, keys, jobs)
+        with _place(suite, todo, jobs, platform, address) if on else nullcontext() as there:
+            _execute_all(suite, todo, keys, jobs, there)
     failed = [e for e in chosen if _status(suite, e).get("state") != "ok"]
     if todo or not (suite.folder / "index.html").is_file():
         index(suite)
@@ -263,33 +273,65 @@ def run(manifest: str | Path, *, only: str | None = None, jobs: int | None = Non
     return 1 if failed else 0
 
 
+def _chosen(suite: Suite, only: str | None) -> list[Entry]:
+    chosen = [e for e in suite.entries if only is None or fnmatch.fnmatchcase(e.name, only)]
+    require(len(chosen) > 0, "--only", only, "a pattern that matches one of " + ", ".join(e.name for e in suite.entries))
+    return chosen
+
+
+def _plan(chosen: list[Entry], todo: list[Entry]) -> int:
+    for e in chosen:
+        print(f"{'run' if e in todo else 'keep':<5} {e.name}: {e.notebook.name}, {', '.join(f'{k}={v!r}' for k, v in e.parameters.items())}")
+    return 0
+
+
+def _jobs(jobs: int | None, device: str) -> int:
+    jobs = jobs if jobs is not None else 2 if device == "cpu" and (os.cpu_count() or 1) > 1 else 1
+    require(isinstance(jobs, int) and jobs >= 1, "--jobs", jobs, "a whole number of at least 1")
+    return jobs
+
+
+@contextmanager
+def _place(suite: Suite, todo: list[Entry], jobs: int, platform: Mapping[str, Any], address: str | None) -> Iterator[cluster.Cluster]:
+    """The Ray on which these entries can run."""
+    with cluster.connected(address, platform["device"], _threads(jobs)) as there:
+        if address:
+            there.check([suite.folder, assets.cache_dir()], [e.notebook for e in todo], platform)
+        yield there
+
+
 @dataclass
 class _Running:
     entry: Entry
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[bytes] | cluster.Task
     staging: Path
     log: Path
-    started: float
+    started: float | None
+    "None while it waits for a place on a cluster."
 
 
-def _execute_all(suite: Suite, todo: list[Entry], keys: Mapping[str, str], jobs: int) -> None:
-    """Up to `jobs` notebooks at once, each in a process of its own; those that want to be alone are."""
+def _execute_all(suite: Suite, todo: list[Entry], keys: Mapping[str, str], jobs: int, there: cluster.Cluster | None = None) -> None:
+    """Up to `jobs` notebooks at once here, or all on a cluster, each in a process of its own; those that want to be alone are."""
     waiting, going, done = list(todo), [], 0
+    limit, at_once = (len(todo), there.slots) if there else (jobs, jobs)
     estimates = {e.name: _status(suite, e).get("seconds") or 60 * e.minutes for e in todo}
     line = _Line()
     terminated = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no kernel is left behind
     try:
         while waiting or going:
-            free = [e for e in waiting if not going or not e.alone] if len(going) < jobs and not any(r.entry.alone for r in going) else []
+            free = [e for e in waiting if not going or not e.alone] if len(going) < limit and not any(r.entry.alone for r in going) else []
             if free:
                 waiting.remove(free[0])
-                going.append(_start(suite, free[0], jobs))
+                going.append(_start(suite, free[0], jobs, there))
                 continue
             time.sleep(0.2)
             now = time.time()
-            left = (sum(estimates[e.name] for e in waiting) + sum(max(estimates[r.entry.name] - now + r.started, 0) for r in going)) / jobs
-            line.show(f"[{done + 1}/{len(todo)}] {', '.join(r.entry.name for r in going)}, about {_clock(left)} left")
-            for r in [r for r in going if r.process.poll() is not None]:
+            for r in going:
+                r.started = now if r.started is None and r.process.begun() else r.started
+            ahead = [max(estimates[r.entry.name] - now + (r.started or now), 0) for r in going] + [estimates[e.name] for e in waiting]
+            names = ", ".join(r.entry.name for r in going if r.started is not None) or "waiting for a place"
+            line.show(f"[{done + 1}/{len(todo)}] {names}, about {_clock(sum(ahead) / at_once)} left")
+            for r in [r for r in going if r.started is not None and r.process.poll() is not None]:
                 going.remove(r)
                 done += 1
                 state = _finish(suite, r, keys[r.entry.name])
@@ -297,31 +339,42 @@ def _execute_all(suite: Suite, todo: list[Entry], keys: Mapping[str, str], jobs:
     finally:
         signal.signal(signal.SIGTERM, terminated)
         line.clear()
+        if there:
+            there.stop([r.process for r in going])
         for r in going:
-            _kill(r.process)
+            if not there:
+                cluster.kill(r.process)
             shutil.rmtree(r.staging, ignore_errors=True)
 
 
-def _start(suite: Suite, entry: Entry, jobs: int) -> _Running:
-    for left in suite.folder.glob(f".{entry.name}-*"):
-        shutil.rmtree(left, ignore_errors=True)
+def _start(suite: Suite, entry: Entry, jobs: int, there: cluster.Cluster | None = None) -> _Running:
+    for ending in ("", ".old"):  # "a-*" would be "a-b", too
+        for left in suite.folder.glob(f".{entry.name}-????????{ending}"):
+            shutil.rmtree(left, ignore_errors=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{entry.name}-", dir=suite.folder))
     staging.chmod(0o755)
     (staging / "params.json").write_text(json.dumps(entry.parameters, indent=1) + "\n", encoding="utf-8")
+    log, command = staging / "log.txt", ["-m", "reconkit.suite", str(entry.notebook)]
+    if there:  # whose nodes may have other settings and another cache
+        settings = {name: value for name, value in os.environ.items() if name.startswith("RECONKIT_")}
+        variables = settings | _variables() | {"RECONKIT_CACHE": str(assets.cache_dir())}
+        return _Running(entry, there.submit(entry.name, command, staging, variables), staging, log, None)
+    threads = {"OMP_NUM_THREADS": str(_threads(jobs))} if jobs > 1 else {}
+    return _Running(entry, cluster.launch([*command, str(staging)], log, {**os.environ, **_variables(), **threads}), staging, log, time.time())
+
+
+def _threads(jobs: int) -> int:
+    """Threads of a notebook when `jobs` of them run here at once."""
+    return max(1, (os.cpu_count() or 1) // jobs) if jobs > 1 else torch.get_num_threads()
+
+
+def _variables() -> dict[str, str]:
+    """What of the environment a notebook gets otherwise than it is here: it works in a folder of its own."""
     folders = {name: os.path.abspath(os.environ[name]) for name in ("RECONKIT_CACHE", "RECONKIT_DATA") if os.environ.get(name)}
     if links := os.environ.get("PIP_FIND_LINKS"):
         there = {word: Path(word).absolute().as_uri() for word in links.split() if os.path.exists(word) and not os.path.isabs(word)}
         folders["PIP_FIND_LINKS"] = " ".join(there.get(word, word) for word in links.split())  # pip splits it, so a path must hold no blank
-    environment = {**os.environ, **folders, "JUPYTER_PREFER_ENV_PATH": "1", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
-    if jobs > 1:
-        environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // jobs))
-    log = staging / "log.txt"
-    with log.open("wb") as out:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "reconkit.suite", str(entry.notebook), str(staging)],
-            stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, env=environment, start_new_session=True,
-        )  # fmt: skip
-    return _Running(entry, process, staging, log, time.time())
+    return {**folders, "JUPYTER_PREFER_ENV_PATH": "1", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
 
 
 def _finish(suite: Suite, r: _Running, key: str) -> str:
@@ -334,8 +387,7 @@ def _finish(suite: Suite, r: _Running, key: str) -> str:
     notebook = r.staging / "notebook.ipynb"
     if state == "ok":
         r.log.unlink()
-        nbformat.write(_without_bars(_read(notebook), r.staging), notebook)
-    (r.staging / "env.json").write_text(json.dumps(runs.environment(), indent=1) + "\n", encoding="utf-8")
+        nbformat.write(_without_bars(_read(notebook)), notebook)
     facts = {
         "state": state,
         "reason": reason,
@@ -357,18 +409,17 @@ def _replace(new: Path, folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    """The notebook's process and the kernel that it started."""
-    try:
-        if hasattr(os, "killpg"):
-            os.killpg(process.pid, signal.SIGTERM)
-        process.wait(timeout=5)
-    except (ProcessLookupError, subprocess.TimeoutExpired):
-        process.kill()
-
-
 def _child(notebook: str, staging: str) -> None:
-    """Execute one notebook here; the last line printed on failure is the reason."""
+    """Execute one notebook here and note where that was."""
+    cluster.end_with_starter()
+    try:
+        _execute(notebook, staging)
+    finally:  # at the end, because a look at a GPU takes memory of it
+        (Path(staging) / "env.json").write_text(json.dumps(runs.environment(), indent=1) + "\n", encoding="utf-8")
+
+
+def _execute(notebook: str, staging: str) -> None:
+    """The last line printed on failure is the reason."""
     import papermill
 
     given = json.loads((Path(staging) / "params.json").read_text(encoding="utf-8"))
@@ -464,11 +515,11 @@ def new(manifest: str | Path) -> None:
     print(f"Wrote {file}.")
 
 
-def _without_bars(notebook: Any, staging: Path) -> Any:
+def _without_bars(notebook: Any) -> Any:
     """The executed notebook without progress lines and without the folder that it wrote to."""
-    notebook.metadata.pop("papermill", None)
+    folder = notebook.metadata.pop("papermill")["parameters"][OUT_DIR]
     for cell in notebook.cells:
-        cell.source = cell.source.replace(str(staging), "")
+        cell.source = cell.source.replace(folder, "")
         if cell.cell_type == "code":
             cell.outputs = [o for o in cell.outputs if not (o.output_type == "stream" and o.name == "stderr") and not _is_widget(o)]
     return notebook

@@ -98,6 +98,8 @@ def test_prune_has_the_defaults_of_its_configuration() -> None:
         (["selfgen", "--model", "tiny", "--out", "t.jsonl", "--length", "3"], "from 6 to"),
         (["data", "--clear", "everything"], "invalid choice"),
         (["suite", "run", "missing.toml"], "missing.toml"),
+        (["suite", "run", "missing.toml", "--on", "moon"], "invalid choice"),
+        (["suite", "run", "missing.toml", "--address", "auto"], "needs --on ray"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )

@@ -183,7 +183,7 @@ def test_a_suite_from_first_run_to_publication(home: Path, monkeypatch: pytest.M
     manifest(home)
     started: list[str] = []
     real = suite._start
-    monkeypatch.setattr(suite, "_start", lambda s, e, jobs: started.append(e.name) or real(s, e, jobs))
+    monkeypatch.setattr(suite, "_start", lambda s, e, *more: started.append(e.name) or real(s, e, *more))
     assert suite.run(file) == 0 and started == ["00_one"]
     assert suite.run(file) == 0 and suite.run(file, dry_run=True, force=True) == 0 and started == ["00_one"]
     assert "run   00_one: 00_one.ipynb, value=2" in capsys.readouterr().out
@@ -226,6 +226,16 @@ def test_an_interrupt_leaves_nothing_half_written(home: Path, monkeypatch: pytes
     assert list((home / "papermill_runs" / "mine").iterdir()) == []
 
 
+def test_a_start_removes_what_an_earlier_one_left_and_nothing_of_others(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(suite.cluster, "launch", lambda *_: None)
+    checked = suite.load_manifest(manifest(home))
+    others = [checked.folder / name for name in (".00_one-more-abcdefgh", "00_one", ".00_one.x-abcdefgh")]
+    for left in (*others, checked.folder / ".00_one-abcdefgh", checked.folder / ".00_one-abcdefgh.old"):
+        left.mkdir(parents=True)
+    started = suite._start(checked, checked.entries[0], 1)
+    assert set(checked.folder.iterdir()) == {*others, started.staging}
+
+
 def test_alone_means_alone_and_others_run_together(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = "".join(f'[[run]]\nnotebook = "01_two"\nname = "n{i}"\nalone = {str(i == 1).lower()}\n' for i in range(4))
     going: list[str] = []
@@ -241,7 +251,7 @@ def test_alone_means_alone_and_others_run_together(home: Path, monkeypatch: pyte
             self.looks += 1
             return 0 if self.looks > 1 else None
 
-    def start(_: Any, entry: suite.Entry, jobs: int) -> Any:
+    def start(_: Any, entry: suite.Entry, *more: Any) -> Any:
         going.append(entry.name)
         together.append(set(going))
         return suite._Running(entry, Process(), home, home, 0.0)  # type: ignore[arg-type]
