@@ -157,13 +157,16 @@ def _walk(
     epochs = _epochs(config, sources) if config.trains else 0
     live = overfit.Live(config.overfit, kept_best=config.early_stopping is not None)
     live.replay(walk.errors, walk.training)
+    starts = [window.start for window in plan[1:]] + [len(layers)]
+    ahead: dict[str, Tensor] = {}
     with Progress(f"{config.technique} {config.criterion}", len(plan) * (epochs + 1), show=progress) as bar:
         bar.step(done * (epochs + 1))
         for number, window in enumerate(plan[done:], done):
             try:
-                _advance(runner, walk, window.start, config, found)
+                _advance(runner, walk, window.start, config, found, ahead)
                 _say(live, walk, bar)
-                _window(runner, walk, window, config, found, dense_copies, precision, number, bar)
+                listen = starts[number] > window.start and _repeats(runner, config, precision)
+                ahead = _window(runner, walk, window, config, found, dense_copies, precision, number, bar, listen)
                 _say(live, walk, bar)
                 if saved:
                     saved.save(number + 1, layers, window, vars(walk))
@@ -176,9 +179,15 @@ def _walk(
                     f"Out of GPU memory in blocks {_label(window)}; "
                     f"set micro_batch={max(1, (config.micro_batch or config.batch_size) // 2)} or recompute=True."
                 ) from error
-        _advance(runner, walk, len(layers), config, found)
+        _advance(runner, walk, len(layers), config, found, ahead)
         _say(live, walk, bar)
     return walk, found
+
+
+def _repeats(runner: Runner, config: PruneConfig, precision: str) -> bool:
+    """Whether a window's last measurement of the held-out sources does what the streams do when they go on: the same weights, input and precision."""
+    same = precision == "fp32" and runner.dtype == torch.float32 and config.reconstruction_input == "sparse"
+    return config.trains and same and config.early_stopping is None
 
 
 def _say(live: overfit.Live, walk: Walk, bar: Progress) -> None:
@@ -230,12 +239,16 @@ def _copies_needed(config: PruneConfig) -> bool:
     return config.trains and config.target_stream == "sparse" and config.overlap_blocks > 0
 
 
-def _advance(runner: Runner, walk: Walk, position: int, config: PruneConfig, found: Found) -> None:
-    """Both streams to `position`; each block passed has had its last training, so its error is measured."""
+def _advance(runner: Runner, walk: Walk, position: int, config: PruneConfig, found: Found, ahead: dict[str, Tensor]) -> None:
+    """Both streams to `position`; each block passed has had its last training, so its error is measured.
+
+    What `ahead` holds was already computed behind the first of these blocks, and leaves it.
+    """
     while walk.position < position:
         i = walk.position
         for source, states in walk.sparse.items():
-            walk.sparse = {**walk.sparse, source: runner.advance([i], states, config.batch_size)}
+            known = ahead.pop(source, None)
+            walk.sparse = {**walk.sparse, source: runner.advance([i], states, config.batch_size) if known is None else known}
             mse, nmse = error(walk.dense[i + 1][source], walk.sparse[source])
             if not math.isfinite(mse):
                 raise FloatingPointError(f"The error of block {i} on {source} is {mse}; load the model in float32, or look at the samples.")
@@ -256,24 +269,53 @@ def _window(
     precision: str,
     number: int,
     bar: Progress,
-) -> None:
-    """Target, masks of the new blocks, training; the streams stand before `window`."""
+    listen: bool,
+) -> dict[str, Tensor]:
+    """Target, masks of the new blocks, training; the streams stand before `window`.
+
+    Returns the held-out streams behind the window's first block where the training's last measurement leaves them (`listen`).
+    """
     for i in [i for i in dense_copies if i < window.start]:
         del dense_copies[i]
     new = [i for i in window if i >= walk.pruned]
     for i in new:  # still dense: the dense stream passes through them now
         walk.dense[i + 1] = {s: runner.advance([i], x, config.batch_size) for s, x in walk.dense[i].items()}
-    targets = walk.dense[window.stop]
-    if config.trains and config.target_stream == "sparse":
-        targets = {s: runner.advance(window, x, config.batch_size, dense_copies) for s, x in walk.sparse.items()}
+    targets, passed = _targets(runner, walk, window, new, config, dense_copies)
     for i in new:
         if _copies_needed(config):
             dense_copies[i] = copy.deepcopy(runner.blocks[i])
-        _prune_block(runner, walk, window, i, config, found)
+        _prune_block(runner, walk, window, i, config, found, passed)
         walk.pruned = i + 1
     bar.step(block=window.stop - 1)
-    if not config.trains:
-        return
+    return _train(runner, walk, window, targets, config, found, precision, number, bar, listen) if config.trains else {}
+
+
+def _targets(
+    runner: Runner, walk: Walk, window: range, new: list[int], config: PruneConfig, dense_copies: dict[int, nn.Module]
+) -> tuple[dict[str, Tensor], Tensor | None]:
+    """What the window is trained towards, per source; and the room of the calibration's, where the statistics' pass is the same and fills it."""
+    if not config.trains or config.target_stream == "dense":
+        return walk.dense[window.stop], None
+    same = new == [*window] == [window.start] and config.statistics_input == "sparse" and config.criterion != "magnitude"
+    room = _empty(walk.sparse["calibration"]) if same else None
+    rest = {s: x for s, x in walk.sparse.items() if not same or s != "calibration"}
+    targets = {s: runner.advance(window, x, config.batch_size, dense_copies) for s, x in rest.items()}
+    return targets if room is None else {"calibration": room, **targets}, room
+
+
+def _train(
+    runner: Runner,
+    walk: Walk,
+    window: range,
+    targets: dict[str, Tensor],
+    config: PruneConfig,
+    found: Found,
+    precision: str,
+    number: int,
+    bar: Progress,
+    listen: bool,
+) -> dict[str, Tensor]:
+    """Train the window in fp32; returns what `_window` does."""
     inputs = walk.dense[window.start] if config.reconstruction_input == "dense" else walk.sparse
     pairs = {source: (inputs[source], targets[source]) for source in inputs}
     modules = [runner.blocks[i] for i in window]
@@ -282,32 +324,61 @@ def _window(
     _prepare(runner, inputs, config)
     for module in modules:
         module.float()
+    held_out = {s: p for s, p in pairs.items() if s not in ("calibration", "extra")}
+    ear = _Ear(runner, window, {s: x for s, (x, _) in held_out.items()} if listen else {}, config.batch_size)
+
+    def on_epoch(epoch: int, epochs: int, rows: list[tuple[int, str, float]]) -> None:
+        ear.open |= epoch == epochs - 1
+        bar.step(int(epoch > 0), epoch=epoch, loss=rows[0][2])
+
     trained = reconstruct(
         modules,
-        lambda x: runner.through(window, x),
+        ear.forward,
         masks,
         {s: p for s, p in pairs.items() if s in ("calibration", "extra")},
-        {s: p for s, p in pairs.items() if s not in ("calibration", "extra")},
+        held_out,
         config,
         precision=precision,
         where=f"block {_label(window)}",
         stream=number,
-        on_epoch=lambda epoch, epochs, rows: bar.step(int(epoch > 0), epoch=epoch, loss=rows[0][2]),
+        on_epoch=on_epoch,
     )
     for p, dtype in dtypes:
         p.data = p.data.to(dtype)
     walk.training += [(_label(window), *row) for row in trained.losses]
     if trained.skipped:
         walk.notes.append(f"Blocks {_label(window)}: fp16 skipped {trained.skipped} steps whose gradients overflowed.")
+    return ear.states if ear.open else {}
+
+
+class _Ear:
+    """Keeps what the last measurement of a window leaves behind the window's first block."""
+
+    def __init__(self, runner: Runner, window: range, sources: Mapping[str, Tensor], batch_size: int) -> None:
+        self.runner, self.window, self.open = runner, window, False
+        self.states = {s: _empty(x) for s, x in sources.items()}
+        self.places = (place for x in self.states.values() for place in x.split(batch_size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, H) through the window; once `open`, what comes without gradients is the last measurement, source by source."""
+        x = self.runner.call(self.window[0], x)
+        if self.states and self.open and not torch.is_grad_enabled():
+            next(self.places).copy_(x)
+        return self.runner.through(self.window[1:], x)
+
+
+def _empty(states: Tensor) -> Tensor:
+    """Room for stored states like these, in the same place."""
+    return torch.empty_like(states, pin_memory=states.is_pinned())
 
 
 @torch.no_grad()
-def _prune_block(runner: Runner, walk: Walk, window: range, index: int, config: PruneConfig, found: Found) -> None:
-    """One forward through the block for its statistics, then all its matrices at once."""
+def _prune_block(runner: Runner, walk: Walk, window: range, index: int, config: PruneConfig, found: Found, passed: Tensor | None) -> None:
+    """One forward through the block for its statistics, then all its matrices at once; `passed` takes the forward's states."""
     nm = nm_pattern(config.pattern)
     groups = [[v for v in group if v.name in found.chosen] for group in found.groups[index]]
     groups = [g for g in groups if g]
-    statistics = _statistics(runner, walk, window, index, groups, config) if config.criterion != "magnitude" else {}
+    statistics = _statistics(runner, walk, window, index, groups, config, passed) if config.criterion != "magnitude" else {}
     for group in groups:
         sparsities = [config.sparsity_of(found.full_name(index, v)) for v in group]
         weights = [v.get() for v in group]
@@ -327,13 +398,13 @@ def _prune_block(runner: Runner, walk: Walk, window: range, index: int, config: 
         if few:
             walk.notes.append(f"Block {index}, {group[0].name}: {seen.count} tokens for {weights[0].shape[1]} columns, so its mask is by magnitude.")
         for view, w, mask in zip(group, weights, masks, strict=True):
-            w.masked_fill_(~mask, 0)  # a product would leave minus zeros
+            w.mul_(mask.view(torch.uint8)).add_(0)  # the sum makes plain zeros of minus zeros
             walk.masks[f"{index}.{view.name}"] = mask
-            walk.zeros += mask.numel() - int(mask.sum())
+            walk.zeros += mask.numel() - int(mask.count_nonzero())
 
 
 def _statistics(
-    runner: Runner, walk: Walk, window: range, index: int, groups: list[list[WeightView]], config: PruneConfig
+    runner: Runner, walk: Walk, window: range, index: int, groups: list[list[WeightView]], config: PruneConfig, passed: Tensor | None = None
 ) -> dict[str, criteria.Statistics]:
     """Statistics of each distinct input of a block, by the name of its group's first view.
 
@@ -351,8 +422,10 @@ def _statistics(
     states = walk.dense[index]["calibration"] if dense else walk.sparse["calibration"]
     before = range(0) if dense else range(window.start, index)
     with InputTap([group[0] for group in groups], seen):
-        for _, batch in batches(states, config.batch_size, device, runner.dtype):
-            runner.call(index, runner.through(before, batch))
+        for chosen, batch in batches(states, config.batch_size, device, runner.dtype):
+            out = runner.call(index, runner.through(before, batch))
+            if passed is not None:
+                passed[chosen] = out.to(passed.device, passed.dtype)
     for name, found in statistics.items():
         if not torch.isfinite(found.square_sum).all():
             raise FloatingPointError(f"The input of block {index}, {name} holds NaN or infinity on the calibration samples.")

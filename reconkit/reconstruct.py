@@ -57,7 +57,7 @@ def reconstruct(
     Args:
         modules: the blocks of the window, in fp32, on their device.
         forward: (B, T, H) → (B, T, H) through the window as it now is.
-        masks: True where a parameter's entry is kept, in the parameter's own layout.
+        masks: True where a parameter's entry is kept, in the parameter's own layout; the others are zero, and stay so.
         training: per source (inputs, targets), each (N, T, H) stored anywhere; all are trained on, shuffled together.
         held_out: per source (inputs, targets) that only measure.
         precision: "fp32", "bf16" or "fp16" for the products; `resolve_precision` chooses.
@@ -73,7 +73,7 @@ def reconstruct(
     per_epoch = math.ceil(len(owner) / batch)
     total = config.steps if config.steps is not None else config.epochs * per_epoch
     parameters = [p for m in modules for p in m.parameters()]
-    zeros = {p: ~mask for p, mask in masks.items()}
+    kept = [(p, mask.view(torch.uint8)) for p, mask in masks.items()]  # products with bytes are faster than with bools
     flags = [p.requires_grad for p in parameters]
     for p in parameters:
         p.requires_grad_(True)
@@ -112,20 +112,17 @@ def reconstruct(
                 for (name, _), value in zip(rows, losses.detach(), strict=True):
                     sums[name][0] += value
                     sums[name][1] += 1
+            for p, ones in kept:  # without a gradient AdamW leaves a zero at zero
+                if p.grad is not None:
+                    p.grad.mul_(ones)
             if config.gradient_clip is not None:
                 scaler.unscale_(optimizer)
-                for p, mask in masks.items():
-                    if p.grad is not None:
-                        p.grad.mul_(mask)
                 torch.nn.utils.clip_grad_norm_(parameters, config.gradient_clip)
             before = scaler.get_scale()
             scaler.step(optimizer)
             scaler.update()
             result.skipped += int(scaler.get_scale() < before)
             optimizer.zero_grad(set_to_none=True)
-            with torch.no_grad():
-                for p, dropped in zeros.items():
-                    p.masked_fill_(dropped, 0)
             done += 1
         rows = [(epoch, name, float(total_loss) / n) for name, (total_loss, n) in sums.items() if n]
         rows += [(epoch, name, loss_of(*pair)) for name, pair in held_out.items()]
@@ -141,8 +138,8 @@ def reconstruct(
             elif epoch - result.best_epoch >= config.early_stopping:
                 break
     with torch.no_grad():
-        for p, kept in zip(parameters, best_state or parameters, strict=True):
-            p.copy_(kept)
+        for p, best_value in zip(parameters, best_state or [], strict=False):
+            p.copy_(best_value)
     for p, flag in zip(parameters, flags, strict=True):
         p.requires_grad_(flag)
         p.grad = None

@@ -69,6 +69,22 @@ def sparsegpt(
     return w * mask, mask
 
 
+def train_masked(
+    module: torch.nn.Module, weight: torch.nn.Parameter, mask: Tensor, x: Tensor, y: Tensor, steps: int, rate: float, clip: float | None
+) -> None:
+    """AdamW on all samples at once; the masked weights are set to zero again after every step."""
+    optimizer = torch.optim.AdamW(module.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.0)
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = rate * (1 - step / steps)
+        optimizer.zero_grad()
+        ((module(x) - y) ** 2).mean().backward()
+        if clip is not None:
+            weight.grad[~mask] = 0
+            torch.nn.utils.clip_grad_norm_(module.parameters(), clip)
+        optimizer.step()
+        weight.data[~mask] = 0
+
+
 def error(dense: Tensor, sparse: Tensor) -> tuple[float, float]:
     """(MSE, NMSE), scalar by scalar."""
     pairs = list(zip(dense.double().flatten().tolist(), sparse.double().flatten().tolist(), strict=True))

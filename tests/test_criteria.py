@@ -36,6 +36,14 @@ def test_lowest_takes_exactly_count_and_the_lower_index_of_ties(count: int) -> N
     assert found.tolist() == [reference.lowest(row, count) for row in scores.tolist()]
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_lowest_without_and_with_ties_in_every_dtype(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    for scores in (torch.rand(3, 41), torch.randint(0, 4, (3, 41))):
+        scores = scores.to(dtype)
+        assert criteria.lowest(scores, 17).tolist() == [reference.lowest(row, 17) for row in scores.tolist()]
+
+
 @pytest.mark.parametrize("nm", PATTERNS)
 @pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.5, 0.9])
 @pytest.mark.parametrize("ties", [False, True])
@@ -58,6 +66,28 @@ def test_sparsegpt_equals_optimal_brain_surgeon_in_float64(nm: tuple[int, int] |
     assert torch.equal(mask, expected_mask)
     assert torch.allclose(new, expected, atol=1e-9, rtol=0)
     assert not notes and (new[~mask] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "block", "sparsity", "nm"),
+    [
+        (1, 50, 19, 0.5, None),
+        (5, 45, 128, 0.37, None),
+        (3, 33, 33, 0.0, None),
+        (4, 30, 1, 0.5, None),
+        (2, 54, 20, 0.5, (5, 18)),
+        (1, 42, 5, 0.5, (2, 6)),
+    ],
+)
+def test_sparsegpt_of_odd_sizes_equals_its_twin(rows: int, columns: int, block: int, sparsity: float, nm: tuple[int, int] | None) -> None:
+    """Columns that neither the block nor its parts divide, one row, one column a block, groups wider than a part."""
+    torch.manual_seed(0)
+    inputs, weight = correlated(200, columns, torch.float64), torch.randn(rows, columns, dtype=torch.float64)
+    [new], [mask], _ = criteria.sparsegpt([weight], statistics(inputs, torch.float64), [sparsity], nm, column_block=block)
+    expected, expected_mask = reference.sparsegpt(weight, inputs, sparsity, nm, column_block=block)
+    assert torch.equal(mask, expected_mask)
+    assert torch.allclose(new, expected, atol=1e-9, rtol=0)
+    assert torch.equal(torch.signbit(new[~mask]), torch.zeros_like(new[~mask], dtype=torch.bool)), "no minus zeros"
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import reference
 import torch
 from torch import nn
 
@@ -49,6 +50,20 @@ def test_one_step_is_adamw_on_the_mean_square() -> None:
     assert torch.allclose(flat(module), flat(twin), atol=1e-6)
     assert result.losses[0] == (0, "calibration", pytest.approx(loss.item(), rel=1e-5))
     assert (module[0].weight[~mask] == 0).all() and (module[0].weight[mask] != 0).all()
+
+
+@pytest.mark.parametrize("values", [{}, {"gradient_clip": 0.01}, {"micro_batch": 3}], ids=["plain", "clipped", "in parts"])
+def test_training_equals_masking_the_weights_after_every_step(values: dict[str, Any]) -> None:
+    module, twin = window(), window()
+    mask = torch.rand(8, 8) > 0.5
+    for m in (module, twin):
+        m[0].weight.data.masked_fill_(~mask, 0)
+    train(module, {module[0].weight: mask}, batch_size=10, epochs=3, **values)
+    x, y = pairs()
+    reference.train_masked(twin, twin[0].weight, mask, x, y, 3, 0.01, values.get("gradient_clip"))
+    assert torch.allclose(flat(module), flat(twin), atol=1e-6)
+    dropped = module[0].weight[~mask]
+    assert (dropped == 0).all() and not torch.signbit(dropped).any()
 
 
 def test_the_learning_rate_falls_linearly_to_zero(monkeypatch: pytest.MonkeyPatch) -> None:
