@@ -19,12 +19,13 @@ if TYPE_CHECKING:
     from . import criteria, data, evaluation, models, overfit, plots, runs, streams
     from .config import ConfigError, PruneConfig, RunConfig
     from .data import load_samples
-    from .evaluation import evaluate, perplexity, zero_shot
+    from .evaluation import evaluate, perplexity
     from .models import load_model, save_model
     from .overfit import verdict
     from .pruning import PruneResult, prune
     from .runs import Run, run
     from .selfgen import self_generate
+    from .zeroshot import zero_shot
 
 # Public name → the module that holds it.
 _HOME = {
@@ -42,7 +43,7 @@ _HOME = {
     "save_model": "models",
     "self_generate": "selfgen",
     "verdict": "overfit",
-    "zero_shot": "evaluation",
+    "zero_shot": "zeroshot",
 }
 _MODULES = ("criteria", "data", "evaluation", "models", "overfit", "plots", "runs", "streams")
 

@@ -298,6 +298,8 @@ class RunConfig:
     "auto, cuda, mps or cpu."
     dtype: str = "float32"
     "float32, bfloat16 or float16: how the model is held."
+    price_per_hour: float | None = None
+    "Price of the machine in any currency, for what a version costs to make and a million tokens to serve; not part of the fingerprint."
 
     def __post_init__(self) -> None:
         for name in ("held_out", "evaluate", "test", "tasks"):
@@ -322,6 +324,8 @@ class RunConfig:
         require(not (own and self.more), "more", self.more, "0 when corpus is self: there is no further real text")
         require(not (own and self.selfgen.start == "prefix"), "selfgen.start", "prefix", "token when corpus is self: no real text to start from")
         require(self.prune is None or isinstance(self.prune, PruneConfig), "prune", self.prune, "a PruneConfig, or None for the dense model")
+        price = self.price_per_hour
+        require(price is None or (_is_number(price) and price >= 0), "price_per_hour", price, "a price of at least 0, or None")
         require(self.dtype in ("float32", "bfloat16", "float16"), "dtype", self.dtype, "float32, bfloat16 or float16")
         require(self.device in ("auto", "cuda", "mps", "cpu"), "device", self.device, "auto, cuda, mps or cpu")
 

@@ -1,4 +1,4 @@
-"""Seconds and peak memory of whatever is wrapped."""
+"""Seconds, peak memory, energy and money of whatever is wrapped."""
 
 from __future__ import annotations
 
@@ -49,6 +49,25 @@ class Cost:
     "Peak of what torch allocated on the GPU, everything that was there before included."
     rss_bytes: int = 0
     "Peak of the process's resident memory above what it was at the start."
+    gpus: int = 0
+    "GPUs that were held: one, where there is any."
+    joules: float | None = None
+    "What that GPU drew, for its other users, too; None where NVML does not tell."
+
+    @property
+    def gpu_hours(self) -> float:
+        return self.gpus * self.seconds / 3600
+
+    def record(self, price_per_hour: float | None = None) -> dict[str, float]:
+        """What is known, by name: seconds, rss_bytes; on a GPU gpu_bytes, gpu_hours, joules; with a price of the machine, money."""
+        found: dict[str, float] = {"seconds": self.seconds, "rss_bytes": self.rss_bytes}
+        if self.gpus:
+            found |= {"gpu_bytes": self.gpu_bytes, "gpu_hours": self.gpu_hours}
+        if self.joules is not None:
+            found["joules"] = self.joules
+        if price_per_hour is not None:
+            found["money"] = money(self.seconds, price_per_hour)
+        return found
 
 
 @contextmanager
@@ -66,6 +85,7 @@ def measure() -> Iterator[Cost]:
             peak = max(peak, process.memory_info().rss)
 
     gpu = torch.cuda.is_available()
+    cost.gpus, drawn = int(gpu), _joules() if gpu else None
     if gpu:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -77,11 +97,26 @@ def measure() -> Iterator[Cost]:
     finally:
         if gpu:
             torch.cuda.synchronize()
-            cost.gpu_bytes = torch.cuda.max_memory_allocated()
+            cost.gpu_bytes, after = torch.cuda.max_memory_allocated(), _joules()
+            cost.joules = after - drawn if drawn is not None and after is not None else None
         cost.seconds = time.perf_counter() - start
         done.set()
         watcher.join()
         cost.rss_bytes = max(peak, process.memory_info().rss) - before
+
+
+def _joules() -> float | None:
+    """What the current GPU has drawn since its driver was loaded; None where NVML, or that counter of it, is missing."""
+    try:
+        import pynvml
+    except ImportError:
+        return None
+    try:
+        pynvml.nvmlInit()
+        gpu = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(torch.cuda.current_device()).uuid}")
+        return pynvml.nvmlDeviceGetTotalEnergyConsumption(gpu) / 1e3
+    except pynvml.NVMLError:
+        return None
 
 
 def money(seconds: float, price_per_hour: float) -> float:

@@ -48,6 +48,7 @@ TASKS = {
 }
 "Zero-shot task → the split that the paper scores, as a file's stem."
 
+REPORTED = 1_100, 256  # documents of C4's validation, joined, and sequences of them on which the field reports perplexity
 PREFIXES = 256  # beginnings of real text that self-generated ones are drawn from
 WIKI_TRAIN = 75  # of 96 articles
 PIECE = 100_000  # characters of running text that are tokenised at once
@@ -103,6 +104,28 @@ def load_samples(
             f"and {count or 'at least 1'} were asked for; ask for fewer or shorter ones."
         )
     return torch.from_numpy(np.asarray(samples, dtype=np.int64))
+
+
+def load_reported(corpus: str, tokenizer: PreTrainedTokenizerBase, *, length: int, split: str = "test") -> LongTensor:
+    """The text on which the field reports perplexity, as non-overlapping samples (any, length) in order.
+
+    That is the whole split; of C4, which has no test split and is endless, the first 1,100 documents of its validation, joined
+    by spaces, and no more than 256 samples (Frantar and Alistarh, 2023, and all who compare with them).
+
+    Raises:
+        ConfigError: as `load_samples`.
+    """
+    if corpus != "c4":
+        return load_samples(corpus, tokenizer, count=None, length=length, split=split)
+    import torch
+
+    documents, most = REPORTED
+    files = _files("c4", "validation")
+    texts = chain.from_iterable(map(_read_jsonl, files)) if files else _c4_stream("validation")
+    joined = " ".join(str(text) for text in islice(texts, documents))
+    windows = _from_running_text(_pieces(joined), tokenizer, None, length, _generator("c4"))[:most]
+    require(len(windows) > 0, "length", length, "shorter than the text of C4 that is there")
+    return torch.from_numpy(windows.copy())
 
 
 def prefixes(corpus: str, tokenizer: PreTrainedTokenizerBase, *, length: int, seed: int = 0) -> LongTensor:
@@ -337,13 +360,14 @@ def _hub(corpus: str, split: str) -> Sequence[str]:
     return rows["text"]
 
 
-def _c4_stream(split: str, seed: int) -> Iterator[str]:
-    """Documents of C4 in an order that the seed decides; only what is looked at is fetched."""
+def _c4_stream(split: str, seed: int | None = None) -> Iterator[str]:
+    """Documents of C4 in their order, or in one that the seed decides; only what is looked at is fetched."""
     import datasets
 
     name, _, configuration = C4.partition(":")
     with _asking(C4, split):
-        rows = datasets.load_dataset(name, configuration, split=split, streaming=True).shuffle(seed=seed, buffer_size=SHUFFLED)
+        rows = datasets.load_dataset(name, configuration, split=split, streaming=True)
+        rows = rows if seed is None else rows.shuffle(seed=seed, buffer_size=SHUFFLED)
         yield from (row["text"] for row in islice(rows, LOOKED))
 
 

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from . import cost, data, packing
 from .config import Z95, require
-from .latency import latency
-from .models import blocks, read_on, weight_views, weights_sum
-from .zeroshot import check_tasks, zero_shot
+from .latency import compressed, latency
+from .models import blocks, read_on, save_model, weight_views, weights_sum
+from .zeroshot import answers, check_tasks, compare, items_sum
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -163,12 +163,14 @@ def evaluate(
     """The record of a model: everything that was asked for, with 95 % intervals, and what measuring it took.
 
     Args:
-        perplexity: corpora; `count` samples of `length` tokens of their `split` (None: the whole split).
+        perplexity: corpora; `count` samples of `length` tokens of their `split`; None: all of it, as `data.load_reported` says.
         tasks: zero-shot tasks, `limit` items of each.
         against: the dense model; then perplexities carry their ratio to its, and accuracies the paired difference.
-        speed: time generation, too, at each of `speed_batches`; the two models take turns.
+        speed: time generation, too, at each of `speed_batches`; the models take turns. On a GPU with kernels for it, a 2:4
+            model is timed once more as "this, 2:4 kernels".
         sparsity: the share of zeros that the prunable matrices must have, such as `PruneResult.sparsity`: the wrong model is never scored.
-        packed: write the weights as bitmasks and values to a temporary file, read it back, compare, and add its size.
+        packed: save the model, and write its weights as bitmasks and values, in a temporary folder; read these back, compare, and
+            add both sizes.
         price_per_hour: of the machine; with `speed`, gives what a million tokens cost.
         texts: further samples (N, T) by name, such as text of the model's own; their split is called "given".
         blanks: (samples, items) of a cloze set, see `cloze`.
@@ -176,8 +178,9 @@ def evaluate(
     Returns:
         perplexity: rows of corpus, split, length, tokens, data (a fingerprint), samples (another), dtype, device, value, low, high,
         nll (per sequence), and ratio, ratio_low, ratio_high with `against`; cloze: value, low, high, n, right and sample (per
-        item), and difference, difference_low, difference_high with `against`, or None; zero_shot: rows; speed: rows, see
-        `latency`; size: dict; cost: seconds, peak memory and, with a price, money;
+        item), and difference, difference_low, difference_high with `against`, or None; zero_shot: rows, see `zero_shot`, with
+        items (a fingerprint) and right (per item); speed: rows, see `latency`; size: dict; cost: of measuring, see
+        `Cost.record`, and with a price that of a million tokens by batch size;
         fingerprint: what decides these figures, the weights included.
     """
     check_tasks(tasks)
@@ -185,7 +188,11 @@ def evaluate(
     if sparsity is not None and not sparsity - 1e-6 <= measured["zeros"] <= sparsity + SPARE:
         had = f"{measured['zeros']:.2%} zeros where {sparsity:.2%} were pruned"
         raise RuntimeError(f"The model to be measured has {had}: it is another model, or its masks were lost.")
-    drawn = {corpus: data.load_samples(corpus, tokenizer, count=count, length=length, split=split, seed=seed) for corpus in perplexity}
+    options = {"length": length, "split": split}
+    drawn = {
+        c: data.load_reported(c, tokenizer, **options) if count is None else data.load_samples(c, tokenizer, count=count, seed=seed, **options)
+        for c in perplexity
+    }
     with cost.measure() as used:
         rows = []
         for corpus, samples in {**drawn, **(texts or {})}.items():
@@ -208,23 +215,24 @@ def evaluate(
                 ratio = perplexity_ratio(nll, sequence_nll(against, samples, batch_size=batch_size))
                 row |= dict(zip(("ratio", "ratio_low", "ratio_high"), ratio, strict=True))
             rows.append({**row, "nll": nll.tolist()})
-        answers = zero_shot(model, tokenizer, tasks, limit=limit, seed=seed, against=against).to_dict("records") if tasks else []
+        asked = _zero_shot_record(model, tokenizer, tasks, limit, seed, against) if tasks else []
         filled = _cloze_record(model, *blanks, against, batch_size) if blanks else None
         models = {"this": model} | ({} if against is None else {"against": against})
+        if speed and (other := compressed(model)) is not None:
+            models["this, 2:4 kernels"] = other
         timing = latency(models, batch_sizes=speed_batches).to_dict("records") if speed else []
     if packed:
-        measured |= _packed(model)
-    spent = {"seconds": used.seconds, "rss_bytes": used.rss_bytes, "gpu_bytes": used.gpu_bytes}
+        measured |= _packed(model, tokenizer)
+    spent = used.record(price_per_hour)
     if price_per_hour is not None:
         own = [row for row in timing if row["model"] == "this" and row["measure"] == "decode_tokens_per_second"]
-        spent |= {"money": cost.money(used.seconds, price_per_hour)}
         spent |= {f"million_tokens/{row['batch']}": cost.million_tokens(row["value"], price_per_hour) for row in own}
     facts = [[data.identity(c, split) for c in perplexity], split, count, length, list(tasks), limit, seed, str(model.dtype), weights_sum(model)]
     facts += [sorted((name, ids_sum(ids)) for name, ids in (texts or {}).items()), [ids_sum(b) for b in blanks or ()]]
     return {
         "perplexity": rows,
         "cloze": filled,
-        "zero_shot": answers,
+        "zero_shot": asked,
         "speed": timing,
         "size": measured,
         "cost": spent,
@@ -232,12 +240,22 @@ def evaluate(
     }
 
 
-def _packed(model: PreTrainedModel) -> dict[str, int]:
+def _packed(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     with tempfile.TemporaryDirectory() as folder:
+        save_model(model, tokenizer, Path(folder) / "saved")
+        saved = sum(file.stat().st_size for file in (Path(folder) / "saved").glob("*.safetensors"))
         sizes = packing.pack(model, Path(folder) / "packed.safetensors")
         if not packing.same(model, packing.unpack(Path(folder) / "packed.safetensors")):
             raise RuntimeError("The packed weights came back changed; this is a bug.")
-    return {f"{kind}_bytes": count for kind, count in sizes.items()}
+    return {"saved_bytes": saved, **{f"{kind}_bytes": count for kind, count in sizes.items()}}
+
+
+def _zero_shot_record(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[str], limit: int | None, seed: int, against: PreTrainedModel | None
+) -> list[dict[str, Any]]:
+    own = answers(model, tokenizer, tasks, limit=limit, seed=seed)
+    table = compare(own, answers(against, tokenizer, tasks, limit=limit, seed=seed) if against is not None else None)
+    return [{**row, "items": items_sum(row["task"], limit, seed), "right": own[row["task"]][row["metric"]]} for row in table.to_dict("records")]
 
 
 def _cloze_record(model: PreTrainedModel, samples: Tensor, items: Tensor, against: PreTrainedModel | None, batch_size: int) -> dict[str, Any]:

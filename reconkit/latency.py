@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import torch
 from torch import Tensor
+from torch.sparse import to_sparse_semi_structured
 
 from .config import require
+from .models import blocks, weight_views
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -33,7 +38,8 @@ def latency(
 
     Returns:
         model, batch, measure, value, low, high. Measures: first_token_seconds (from the prompt to the first token),
-        prefill_tokens_per_second (prompt tokens over that time) and decode_tokens_per_second (further tokens over further time).
+        prefill_tokens_per_second (prompt tokens over that time), decode_tokens_per_second (further tokens over further time) and,
+        on a GPU, peak_bytes: the most that was allocated there, all models that are on it included.
         Figures compare only within one call.
 
     Raises:
@@ -56,20 +62,78 @@ def latency(
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
+def compressed(model: PreTrainedModel) -> PreTrainedModel | None:
+    """A copy whose 2:4 matrices are held in torch's semi-structured format, which some GPUs multiply faster.
+
+    None where there is no such GPU, dtype or shape, or no matrix with at most 2 of 4 neighbours along the input.
+    """
+    names = [
+        (index, view.name)
+        for index, block in enumerate(blocks(model)[1])
+        for view in weight_views(block)[0]
+        if view.index is None and not view.transposed and view.get().is_cuda and is_two_four(view.get())
+    ]
+    if not names:
+        return None
+    other, done = copy.deepcopy(model), False
+    for index, name in names:
+        linear = blocks(other)[1][index].get_submodule(name)
+        with contextlib.suppress(RuntimeError, NotImplementedError):  # another dtype, shape or GPU than its kernels are for
+            linear.weight = torch.nn.Parameter(to_sparse_semi_structured(linear.weight.detach()), requires_grad=False)
+            done = True
+    return other if done else None
+
+
+def is_two_four(weight: Tensor) -> bool:
+    """Whether at most 2 of every 4 neighbours along the input of `weight` (out, in) differ from zero."""
+    return weight.shape[1] % 4 == 0 and int((weight.reshape(-1, 4) != 0).sum(1).max()) <= 2
+
+
+def products(weights: Mapping[str, Tensor], *, tokens: Sequence[int] = (1, 128), repeats: int = 15) -> pd.DataFrame:
+    """How fast matrices multiply in each format that stores no zeros, against the dense product of the same matrix, in turns.
+
+    Args:
+        weights: name → (out, in).
+        tokens: inputs at once, (tokens, in).
+
+    Returns:
+        name, tokens, format ("CSR", and "2:4" where torch has a kernel for it here), value: seconds of the dense product over
+        seconds in that format, so that above 1 is faster; low, high: quartiles over the turns.
+    """
+    rows = []
+    for name, weight in weights.items():
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Sparse CSR tensor support", category=UserWarning)
+            formats = {"dense": weight, "CSR": weight.to_sparse_csr()}
+        if weight.is_cuda and is_two_four(weight):
+            with contextlib.suppress(RuntimeError, NotImplementedError):
+                formats["2:4"] = to_sparse_semi_structured(weight)
+        for count in tokens:
+            x = torch.ones(weight.shape[1], count, dtype=weight.dtype, device=weight.device)
+            turns = [{kind: _timed(lambda held=held, x=x: held @ x, x.device) for kind, held in formats.items()} for _ in range(repeats + 3)]
+            for kind in list(formats)[1:]:
+                ratios = pd.Series([turn["dense"] / turn[kind] for turn in turns[3:]])  # the first ones warm up
+                rows.append((name, count, kind, *ratios.quantile([0.5, 0.25, 0.75])))
+    return pd.DataFrame(rows, columns=["name", "tokens", "format", "value", "low", "high"])
+
+
 def _once(model: PreTrainedModel, batch: int, length: int, tokens: int) -> dict[str, float]:
     prompt = torch.full((batch, length), TOKEN, device=model.device)
 
     def generate(new: int) -> Tensor:
         return model.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, min_new_tokens=new, max_new_tokens=new, pad_token_id=0)
 
+    if model.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(model.device)
     # Reading is writing one token: a plain forward would also compute the logits of the whole prompt, which generation never does.
     read = _timed(lambda: generate(1), model.device)
     write = max(_timed(lambda: generate(tokens), model.device) - read, 1e-9)
-    return {
+    found = {
         "first_token_seconds": read,
         "prefill_tokens_per_second": batch * length / read,
         "decode_tokens_per_second": batch * (tokens - 1) / write,
     }
+    return found | ({"peak_bytes": torch.cuda.max_memory_allocated(model.device)} if model.device.type == "cuda" else {})
 
 
 def _timed(work: Callable[[], Any], device: torch.device) -> float:

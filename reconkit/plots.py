@@ -265,21 +265,39 @@ def bars(data: pd.DataFrame, x: str, y: str, by: str, *, dense: float | None = N
     return ax
 
 
-def error_and_perplexity(history: pd.DataFrame, error: str, perplexity: str) -> Axes:
+def error_and_perplexity(history: pd.DataFrame, error: str, perplexity: str, *, label: str = "") -> Axes:
     """Each recorded run at its final error and its perplexity, coloured by technique, its criterion as the marker.
 
     Args:
         history: `runs.history()`; `error` and `perplexity` are columns of it.
+        label: of the axis of `error`, where that is something else, such as a cost.
     """
     ax = _panels(1, width=1.5 * WIDTH)[0]
     techniques, criteria = looks("technique", list(history.technique.unique())), looks("criterion", list(history.criterion.unique()))
     for (technique, criterion), part in history.groupby(["technique", "criterion"], sort=False):
         look = {"color": techniques[technique]["color"], "marker": criteria[criterion]["marker"]}
         ax.plot(part[error], part[perplexity], linestyle="none", **look, label=f"{NAMES.get(criterion, criterion)} {technique}")
-    ax.set(xlabel=f"final {error.replace('/', ', ')}", ylabel=perplexity.replace("/", " on "))
+    ax.set(xlabel=label or f"final {error.replace('/', ', ')}", ylabel=perplexity.replace("/", " on "))
     _plain_log(ax, "x")
     _plain_log(ax, "y")
     ax.legend(fontsize=7.5, loc="center left", bbox_to_anchor=(1, 0.5))
+    return ax
+
+
+def scores(data: pd.DataFrame) -> Axes:
+    """Accuracy by task with its 95 % interval, beside what guessing would give (a hollow diamond).
+
+    Args:
+        data: columns task, value, stderr, chance.
+    """
+    ax = _panels(1, width=1.3 * WIDTH, height=1.0 + 0.3 * max(len(data), 1))[0]
+    place = np.arange(len(data))
+    ax.errorbar(data.value, place, xerr=1.96 * data.stderr, fmt="o", color=COLOURS[2], capsize=2, linewidth=1, label="accuracy")
+    ax.plot(data.chance, place, linestyle="none", marker="D", markerfacecolor="none", color=INK, label="chance")
+    ax.set_yticks(place, list(data.task))
+    ax.set(xlabel="accuracy (95 % interval)", xlim=(0, 1))
+    ax.invert_yaxis()
+    ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
     return ax
 
 

@@ -14,7 +14,7 @@ import psutil
 
 from . import data, progress, runs, testsets
 from .assets import cache_dir
-from .config import one_of, require, to_dict
+from .config import Z95, one_of, require, to_dict
 from .overfit import verdict
 
 if TYPE_CHECKING:
@@ -30,8 +30,6 @@ TEXTS = {
     "news": "news stories, another domain",
     "pydocs": "prose of Python's docstrings, a technical domain",
 }
-LONG = ["nll", "data", "samples", "items", "right", "sample"]
-"Columns of an evaluation record that are for code."
 LONGEST = 40  # characters of a fact in the monitor, whose lines must not wrap
 BOUNDS = ("/low", "/high")
 "Interval ends: in the export, not in the table."
@@ -170,14 +168,44 @@ def summary(result: Any) -> str:
 
 
 def evaluation(record: dict[str, Any]) -> str:
-    """An evaluation record in the terminal."""
+    """An evaluation record in the terminal, as one table: each figure with its 95 % interval (times: quartiles) and its change."""
     from pandas import DataFrame
 
-    parts = {part: record.get(part) or [] for part in ("perplexity", "zero_shot", "speed")}
-    parts["cloze"] = [{"task": "cloze", **record["cloze"]}] if record.get("cloze") else []
-    tables = [DataFrame(rows) for rows in parts.values() if len(rows)]
-    facts = _flat({part: record[part] for part in ("size", "cost") if record.get(part)})
-    return "\n\n".join([*(text_table(t.drop(columns=LONG, errors="ignore")) for t in tables), _pairs(facts)])
+    rows = []
+    for r in record.get("perplexity") or []:
+        change = _change("{:+.1%}", *(r[f"ratio{end}"] - 1 for end in ENDS)) if "ratio" in r else ""
+        rows.append((f"perplexity, {r['corpus']}", r["value"], _span(r["low"], r["high"]), f"{r['tokens']} tokens", change))
+    scores = [{"task": "cloze", "metric": "acc", **record["cloze"]}] if record.get("cloze") else []
+    for r in [*scores, *(_zero_shot(row) for row in record.get("zero_shot") or [])]:
+        paired = r.get("difference")
+        change = _change("{:+.1f} points", *(100 * r[f"difference{end}"] for end in ENDS)) if paired is not None and paired == paired else ""
+        rows.append((f"{r['metric']}, {r['task']}", r["value"], _span(r["low"], r["high"]), f"{r['n']} items", change))
+    timing = {(r["model"], r["batch"], r["measure"]): r for r in record.get("speed") or []}
+    for (model, batch, measure), r in timing.items():
+        other = timing.get(("against" if model == "this" else "this", batch, measure))
+        faster = f"{r['value'] / other['value']:.2f} times" if other and model != "against" else ""
+        name = {"this": "", "against": "the other's "}.get(model, f"{model}: ") + measure.replace("_", " ")
+        rows.append((f"{name}, batch {batch}", r["value"], _span(r["low"], r["high"]), "", faster))
+    rows += [(f"{part}, {name}", value, "", "", "") for part in ("size", "cost") for name, value in (record.get(part) or {}).items()]
+    table = DataFrame(rows, columns=["measure", "value", "95 %", "of", "against the other"])
+    return text_table(table.loc[:, (table != "").any()])
+
+
+ENDS = ("", "_low", "_high")
+
+
+def _zero_shot(row: dict[str, Any]) -> dict[str, Any]:
+    """The interval of the value and that of the difference apart, of which the row has the latter where something was compared."""
+    half = Z95 * row["stderr"]
+    return {**row, "difference_low": row["low"], "difference_high": row["high"], "low": row["value"] - half, "high": row["value"] + half}
+
+
+def _span(low: float, high: float) -> str:
+    return f"{show(float(low))} to {show(float(high))}"
+
+
+def _change(form: str, value: float, low: float, high: float) -> str:
+    return f"{form.format(value)} ({form.format(low)} to {form.format(high)})"
 
 
 def test_sets() -> str:

@@ -26,7 +26,7 @@ import pandas as pd
 import torch
 from filelock import FileLock
 
-from . import assets, cost, data, evaluation, models, pruning, testsets
+from . import assets, cost, data, evaluation, models, pruning, testsets, zeroshot
 from .checkpoint import code_hash
 from .config import SELF, Z95, ConfigError, OverfitConfig, RunConfig, from_dict, require, to_dict
 from .overfit import verdict
@@ -40,6 +40,7 @@ ROOMS = (
     "data",
     "evaluation",
     "latency",
+    "likelihood",
     "models",
     "overfit",
     "pruning",
@@ -56,6 +57,8 @@ NEEDED = 10**9  # free bytes without which no run begins
 DEFAULT_LIMIT = "20GB"
 DENSE = ("model", "prune", "evaluate", "test", "test_count", "test_length", "tasks", "limit", "draw", "device", "dtype")
 "What of a configuration decides the measurements of a dense model."
+SPENT = ("gpu_hours", "joules")
+"What a part of a run takes besides seconds and memory, where there is a GPU."
 ERRORS = ["block", "source", "mse", "nmse"]
 TRAINING = ["window", "epoch", "source", "loss"]
 
@@ -136,7 +139,7 @@ def run(run_config: RunConfig) -> Run:
             _keep_within_limit(folder, id)
     if run_config.tag:
         tag(id, run_config.tag)
-    found = _read(folder / id, cached=whole)
+    found = priced(_read(folder / id, cached=whole), run_config.price_per_hour)
     return _judged(found, run_config.prune.overfit) if run_config.prune else found
 
 
@@ -147,6 +150,21 @@ def _judged(run: Run, thresholds: OverfitConfig) -> Run:
     return replace(found, record={**run.record, "verdict": word, "reasons": reasons})
 
 
+def priced(run: Run, price_per_hour: float | None) -> Run:
+    """The run with what it cost at this price: money/prune, money/evaluate, and money/million tokens by batch size where speed was measured."""
+    if price_per_hour is None:
+        return run
+    spent = {part: run.metrics.get(f"seconds/{part}") for part in ("prune", "evaluate")}
+    found = {f"money/{part}": cost.money(seconds, price_per_hour) for part, seconds in spent.items() if seconds is not None}
+    rate = "speed/decode_tokens_per_second/"
+    found |= {
+        f"money/million tokens/{name.removeprefix(rate)}": cost.million_tokens(value, price_per_hour)
+        for name, value in run.metrics.items()
+        if name.startswith(rate)
+    }
+    return replace(run, config=replace(run.config, price_per_hour=price_per_hour), metrics={**run.metrics, **found})
+
+
 def fingerprint(run_config: RunConfig) -> str:
     """The id that `run` gives to this configuration here."""
     return _id(_parts(run_config))
@@ -155,7 +173,7 @@ def fingerprint(run_config: RunConfig) -> str:
 def _parts(config: RunConfig) -> dict[str, Any]:
     """Everything that decides the numbers of a run."""
     plain = to_dict(config)
-    del plain["tag"], plain["keep_model"], plain["test_seed"]
+    del plain["tag"], plain["keep_model"], plain["test_seed"], plain["price_per_hour"]
     plain |= {"draw": config.draw, "test_length": config.test_length or config.length}
     texts = {(config.corpus, "train"), *((c, "validation") for c in config.held_out), *((c, "test") for c in config.test)}
     if config.prune:
@@ -206,10 +224,12 @@ def _compute(config: RunConfig, id: str, parts: dict[str, Any], folder: Path) ->
         options = {"length": config.length, "seed": config.draw}
         samples, extra = _training_samples(config, model, tokenizer)
         held_out = {_name(c): data.load_samples(c, tokenizer, count=config.held_out_count, split="validation", **options) for c in config.held_out}
-        result = pruning.prune(model, samples, config.prune, extra=extra, held_out=held_out)
+        with cost.measure() as used:
+            result = pruning.prune(model, samples, config.prune, extra=extra, held_out=held_out)
         errors, training, notes = result.errors, result.training, result.notes
         metrics |= {"sparsity": result.sparsity, "seconds/prune": result.seconds}
         metrics |= {f"memory/{kind}": count for kind, count in result.peak_memory.items()}
+        metrics |= {f"{name}/prune": value for name, value in used.record().items() if name in SPENT}
         metrics |= {"data per parameter": result.per_parameter} if result.per_parameter is not None else {}
         for row in errors[errors.block == errors.block.max()].itertuples():
             metrics |= {f"nmse/{row.source}": row.nmse, f"mse/{row.source}": row.mse}
@@ -237,7 +257,7 @@ def _compute(config: RunConfig, id: str, parts: dict[str, Any], folder: Path) ->
         metrics |= {name: row["value"], f"{name}/low": row["low"], f"{name}/high": row["high"]}
     metrics |= {f"speed/{row['measure']}/{row['batch']}": row["value"] for row in record["speed"]}
     metrics |= {f"size/{name}": record["size"][name] for name in ("parameters", "bytes")}
-    metrics["seconds/evaluate"] = record["cost"]["seconds"]
+    metrics |= {f"{name}/evaluate": value for name, value in record["cost"].items() if name in ("seconds", *SPENT)}
     word, reasons = verdict(_Tables(errors, training, config, metrics))
     folder.mkdir()
     errors.to_csv(folder / "errors.csv", index=False)
@@ -358,7 +378,8 @@ def _read(folder: Path, *, cached: bool = True) -> Run:
     config = from_dict(RunConfig, {**record["config"], "tag": _tag(folder)})
     errors = pd.read_csv(folder / "errors.csv", dtype=str).astype({"block": int, "mse": float, "nmse": float})  # from str: exact
     training = pd.read_csv(folder / "training.csv", dtype=str).astype({"epoch": int, "loss": float})
-    return Run(record["id"], folder, config, record["metrics"], errors, training, record["notes"], record, cached)
+    found = Run(record["id"], folder, config, record["metrics"], errors, training, record["notes"], record, cached)
+    return priced(found, config.price_per_hour)
 
 
 def records() -> list[Run]:
@@ -394,7 +415,8 @@ def changes(run: Run, against: Run) -> pd.DataFrame:
     """What changed from `against` to `run` on every test set that both answered, with the paired 95 % interval.
 
     Returns:
-        set, measure ("perplexity": relative change; "accuracy": difference), value, low, high, lower_is_better.
+        set, measure ("perplexity": relative change; "accuracy" of cloze, "zero-shot" accuracy: difference), value, low, high,
+        lower_is_better.
     """
     rows = []
     others = {row["corpus"]: row for row in against.record["evaluation"]["perplexity"]}
@@ -408,6 +430,12 @@ def changes(run: Run, against: Run) -> pd.DataFrame:
         difference = torch.tensor(own["right"]) - torch.tensor(other["right"])
         value, error = float(difference.double().mean()), evaluation.clustered_error(difference, torch.tensor(own["sample"]))
         rows.append(("cloze", "accuracy", value, value - Z95 * error, value + Z95 * error, False))
+    scores = {row["task"]: row for row in against.record["evaluation"].get("zero_shot") or [] if row["metric"] == "acc" and "items" in row}
+    for row in run.record["evaluation"].get("zero_shot") or []:
+        score = scores.get(row["task"])
+        if row["metric"] == "acc" and score and score["items"] == row.get("items"):
+            table = zeroshot.compare({row["task"]: {"acc": row["right"]}}, {row["task"]: {"acc": score["right"]}})
+            rows.append((row["task"], "zero-shot", *table.loc[0, ["difference", "low", "high"]], False))
     return pd.DataFrame(rows, columns=["set", "measure", "value", "low", "high", "lower_is_better"])
 
 

@@ -21,16 +21,20 @@ import numpy as np
 import pandas as pd
 import torch
 
-from . import assets, data
+from . import assets, data, likelihood
 from .config import Z95, ConfigError, one_of, require
-from .models import read_on, weights_sum
+from .models import weights_sum
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # The folders of lm-eval's own task definitions: scanning all of its thousands takes a quarter of a minute.
 DEFINITIONS = ("super_glue/boolq", "glue/rte", "hellaswag", "winogrande", "arc", "openbookqa")
+CHANCE = {"boolq": 0.5, "rte": 0.5, "hellaswag": 0.25, "winogrande": 0.5, "arc_easy": 0.25, "arc_challenge": 0.25, "openbookqa": 0.25}
+"Accuracy of guessing (a few ARC items have three or five choices)."
 METRICS = ("acc", "acc_norm")
+Answers = dict[str, dict[str, list[float]]]
+"Task → metric → whether each drawn item was answered right."
 COLUMNS = ["task", "metric", "value", "stderr", "n", "difference", "low", "high", "p"]
 
 
@@ -71,13 +75,15 @@ def zero_shot(
     Raises:
         ConfigError: an unknown task, `limit` below 1, or lm-eval is not installed.
     """
-    check_tasks(tasks)
-    require(limit is None or limit >= 1, "limit", limit, "a whole number of at least 1, or None for all")
-    answers = _answers(model, tokenizer, tasks, limit, seed)
-    others = _answers(against, tokenizer, tasks, limit, seed) if against is not None else None
+    own = answers(model, tokenizer, tasks, limit=limit, seed=seed)
+    return compare(own, answers(against, tokenizer, tasks, limit=limit, seed=seed) if against is not None else None)
+
+
+def compare(own: Answers, others: Answers | None = None) -> pd.DataFrame:
+    """The table that `zero_shot` returns, of answers to the same items."""
     rows = []
-    for task in tasks:
-        for metric, given in answers[task].items():
+    for task, metrics in own.items():
+        for metric, given in metrics.items():
             right = torch.tensor(given, dtype=torch.float64)
             value, stderr = float(right.mean()), _standard_error(right)
             centre, spread, difference, p = value, stderr, math.nan, math.nan
@@ -100,12 +106,16 @@ def _standard_error(values: torch.Tensor) -> float:
     return float(values.std() / math.sqrt(len(values))) if len(values) > 1 else math.inf
 
 
-Answers = dict[str, dict[str, list[float]]]
-"Task → metric → whether each drawn item was answered right."
+def answers(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[str], *, limit: int | None = None, seed: int = 0
+) -> Answers:
+    """What the model answers to each drawn item, from the cache or asked now.
 
-
-def _answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[str], limit: int | None, seed: int) -> Answers:
-    """From the cache, or asked now."""
+    Raises:
+        ConfigError: as `zero_shot`.
+    """
+    check_tasks(tasks)
+    require(limit is None or limit >= 1, "limit", limit, "a whole number of at least 1, or None for all")
     folder = assets.cache_dir() / "answers"
     whose = [weights_sum(model), str(model.dtype), model.device.type, version("lm_eval"), len(tokenizer)]
     files = {}
@@ -116,6 +126,11 @@ def _answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: 
     for task, found in (_ask(model, tokenizer, missing, limit, seed) if missing else {}).items():
         data.write_text(files[task], json.dumps(found))
     return {task: json.loads(files[task].read_text(encoding="utf-8")) for task in tasks}
+
+
+def items_sum(task: str, limit: int | None, seed: int) -> str:
+    """A fingerprint of the items drawn."""
+    return hashlib.sha256(json.dumps([task, data.task_identity(task), limit, seed]).encode()).hexdigest()[:12]
 
 
 def _ask(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[str], limit: int | None, seed: int) -> Answers:
@@ -136,11 +151,11 @@ def _ask(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: Sequ
             numpy_random_seed=seed,
             torch_random_seed=seed,
         )
-    answers: Answers = {}
+    given: Answers = {}
     for task in tasks:
         items = sorted(found["samples"][task], key=lambda s: s["doc_id"])
-        answers[task] = {metric: [float(s[metric]) for s in items] for metric in METRICS if metric in items[0]}
-    return answers
+        given[task] = {metric: [float(s[metric]) for s in items] for metric in METRICS if metric in items[0]}
+    return given
 
 
 GROUP = "reconkit"
@@ -174,51 +189,28 @@ def _member(task: str, drawn: Path, more: dict[str, str]) -> dict[str, Any]:
 
 
 def _scorer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Any:
-    """lm-eval's model over a live one; on a CPU the choices of a question share the work on it.
+    """lm-eval's model over a live one; on a CPU the requests share the work where they begin alike.
 
-    Requests with one context are answered from one pass over that context and one over all their continuations, and only the
-    continuations' logits are looked at. A GPU would rather have large batches, which the plain path has.
+    The fastest of `likelihood.packed` and `likelihood.shared` that gives lm-eval's own answers to a few requests answers them
+    all; where neither does, and on a GPU, which would rather have large batches, lm-eval's plain path does.
     """
     from lm_eval.models.huggingface import HFLM
 
     class Shared(HFLM):
-        def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None) -> list[tuple[float, bool]]:
+        def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None) -> list[likelihood.Answer]:
+            plain = super()._loglikelihood_tokens
             if self.device.type != "cpu" or any(len(c) + len(k) > self.max_length for _, c, k in requests):
-                return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
-            groups: dict[tuple[int, ...], list[int]] = {}
-            for i, (_, context, _) in enumerate(requests):
-                groups.setdefault(tuple(context), []).append(i)
-            answers: dict[int, tuple[float, bool]] = {}
-            for context, members in groups.items():
-                found = continuations(model, list(context), [requests[i][2] for i in members])
-                answers |= dict(zip(members, found, strict=True))
-            return [answers[i] for i in range(len(requests))]
+                return plain(requests, disable_tqdm, override_bs)
+            order = sorted(range(len(requests)), key=lambda i: requests[i][1:])
+            pairs = [requests[i][1:] for i in order]
+            few = likelihood.few(pairs)
+            expected = [plain([(None, *pair)], True)[0] for pair in few]
+            for route in (likelihood.packed, likelihood.shared):
+                if likelihood.agrees(route, model, few, expected):
+                    return [answer for _, answer in sorted(zip(order, route(model, pairs), strict=True))]
+            return plain(requests, disable_tqdm, override_bs)
 
     return Shared(pretrained=model, tokenizer=tokenizer, batch_size=8)
-
-
-@torch.no_grad()
-def continuations(model: PreTrainedModel, context: list[int], ends: Sequence[list[int]]) -> list[tuple[float, bool]]:
-    """(log p of each continuation given `context`, whether it is what the model would write greedily).
-
-    Args:
-        context: token ids, at least one.
-        ends: token ids of each continuation, at least one token each.
-    """
-    cache = None
-    if len(context) > 1:
-        _, cache = read_on(model, torch.tensor([context[:-1]], device=model.device), logits_to_keep=1)
-        cache.batch_repeat_interleave(len(ends))
-    width = max(map(len, ends))
-    rows = torch.zeros(len(ends), width, dtype=torch.long, device=model.device)  # padding comes after what is looked at
-    for row, end in zip(rows, ends, strict=True):
-        row[: len(end)] = torch.tensor([context[-1], *end[:-1]])
-    logits, _ = read_on(model, rows, cache)
-    found = []
-    for scores, end in zip(logits, ends, strict=True):
-        likely, chosen = scores[: len(end)].float().log_softmax(-1), torch.tensor(end, device=scores.device)
-        found.append((float(likely.gather(1, chosen[:, None]).sum()), bool((likely.argmax(-1) == chosen).all())))
-    return found
 
 
 def _draw(source: Path, to: Path, limit: int | None, seed: int) -> Path:

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -196,3 +197,59 @@ def test_the_gpus_peak_is_reset() -> None:
     with cost.measure() as small:
         torch.ones(10, device="cuda")
     assert small.gpu_bytes < large.gpu_bytes
+
+
+def counter(monkeypatch: pytest.MonkeyPatch, readings: list[int] | None) -> None:
+    """A stand-in for NVML on a machine with one GPU: its counter in millijoules, or a driver that has none."""
+
+    class NVMLError(Exception):
+        pass
+
+    def total(handle: str) -> int:
+        if readings is None:
+            raise NVMLError("Not Supported")
+        assert handle == "GPU-1234"
+        return readings.pop(0)
+
+    names = {"NVMLError": NVMLError, "nvmlInit": lambda: None, "nvmlDeviceGetHandleByUUID": str, "nvmlDeviceGetTotalEnergyConsumption": total}
+    monkeypatch.setitem(sys.modules, "pynvml", SimpleNamespace(**names))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="1234"))
+    for name in ("synchronize", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 5)
+
+
+def test_energy_is_the_difference_of_the_gpus_counter(monkeypatch: pytest.MonkeyPatch) -> None:
+    counter(monkeypatch, [10_000, 12_500])
+    with cost.measure() as used:
+        time.sleep(0.01)
+    found = used.record(price_per_hour=7200)
+    assert found["joules"] == 2.5 and found["gpu_bytes"] == 5
+    assert found["gpu_hours"] == pytest.approx(used.seconds / 3600) and found["money"] == pytest.approx(2 * used.seconds)
+    counter(monkeypatch, None)
+    with cost.measure() as used:
+        pass
+    assert used.joules is None and "joules" not in used.record() and used.record()["gpu_hours"] > 0
+
+
+def test_without_a_gpu_nothing_is_said_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with cost.measure() as used:
+        pass
+    assert used.record().keys() == {"seconds", "rss_bytes"}
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    assert cost._joules() is None, "without nvidia-ml-py"
+
+
+@pytest.mark.gpu
+def test_a_gpu_draws_energy() -> None:
+    pytest.importorskip("pynvml")
+    with cost.measure() as used:
+        x = torch.ones(4096, 4096, device="cuda")
+        for _ in range(300):
+            x = x @ x * 1e-4
+    if used.joules is None:
+        pytest.skip("this GPU has no counter of its energy")
+    assert 0 < used.joules < 2000 * used.seconds

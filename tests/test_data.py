@@ -255,6 +255,20 @@ def test_c4_of_the_mirror_shares_validation_out_for_validation_and_test(mirror: 
     assert sorted(rows["validation"] + rows["test"]) == [f"valid {i:02}" for i in range(40)]
 
 
+def test_reported_text_is_the_whole_split_and_of_c4_the_first_documents_joined(mirror: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All documents of the validation in order, short ones too, those that other draws call test as well."""
+    add(mirror, "wikitext2/wiki.test.raw", " \n = some text = \n")
+    whole = data.load_reported("wikitext2", tokenizer, length=8)
+    assert torch.equal(whole, data.load_samples("wikitext2", tokenizer, count=None, length=8, split="test"))
+    add(mirror, "c4/c4_validation.jsonl", "".join(json.dumps({"text": f"{i:02}"}) + "\n" for i in range(40)))
+    monkeypatch.setattr(data, "REPORTED", (30, 5))
+    assert tokenizer.decode(data.load_reported("c4", tokenizer, length=12).flatten()) == " ".join(f"{i:02}" for i in range(20))
+    monkeypatch.setattr(data, "REPORTED", (30, 100))
+    assert data.load_reported("c4", tokenizer, length=12).shape == ((30 * 3 - 1) // 12, 12)
+    with pytest.raises(ConfigError, match="length is 100; it must be shorter"):
+        data.load_reported("c4", tokenizer, length=100)
+
+
 def test_ptb_is_read_from_the_mirror_alone(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for call in (data.check_corpus, data.identity, lambda name: data.load_samples(name, tokenizer)):
         with pytest.raises(ConfigError, match="ptb has no free licence.*RECONKIT_DATA"):
@@ -291,6 +305,8 @@ def test_hub_data_sets(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not torch.equal(first, data.load_samples("c4", tokenizer, count=5, length=12, seed=1))
     held = [data.load_samples("c4", tokenizer, count=30, length=12, split=s) for s in ("validation", "test")]
     assert not {tokenizer.decode(row) for row in held[0]} & {tokenizer.decode(row) for row in held[1]}
+    streamed = data.load_reported("c4", tokenizer, length=12)
+    assert tokenizer.decode(streamed.flatten()).startswith("document 000 document 001 document 002")
     with pytest.raises(ConfigError, match="count is None; it must be a number for c4"):
         data.load_samples("c4", tokenizer, count=None)
     assert asked[:3] == [
@@ -298,7 +314,7 @@ def test_hub_data_sets(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         ("Salesforce/wikitext", "wikitext-2-raw-v1", "train", False),
         ("allenai/c4", "en", "train", True),
     ]
-    assert [row[2] for row in asked[-2:]] == ["validation", "validation"]
+    assert [row[2] for row in asked[-2:]] == ["validation"] * 3
 
 
 def test_a_hub_data_set_without_text_says_what_it_has(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,3 +45,51 @@ def test_impossible_lengths(tiny: Any) -> None:
         with pytest.raises(ConfigError, match=next(iter(wrong))):
             latency({"a": tiny}, **wrong)
     assert torch.is_grad_enabled()
+
+
+def test_two_of_four_neighbours_along_the_input() -> None:
+    weight = torch.tensor([[1.0, 0, 2, 0, 0, 3, 4, 0], [0, 0, 0, 5, 6, 0, 0, 0]])
+    assert room.is_two_four(weight)
+    weight[1, 0] = weight[1, 1] = 1
+    assert not room.is_two_four(weight)
+    assert not room.is_two_four(torch.zeros(2, 6)), "no groups of four"
+
+
+def test_products_compare_each_format_with_the_dense_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels get the same matrix and input; a time of one for the dense product and of a half for the other is a ratio of two."""
+    weight = torch.randn(8, 12).masked_fill(torch.rand(8, 12) < 0.7, 0)
+    seen: list[torch.Tensor] = []
+
+    def timed(work: Any, device: torch.device) -> float:
+        seen.append(work())
+        return 1.0 if len(seen) % 2 else 0.5
+
+    monkeypatch.setattr(room, "_timed", timed)
+    table = room.products({"half": weight}, tokens=(1, 3), repeats=2)
+    assert table[["name", "tokens", "format"]].values.tolist() == [["half", 1, "CSR"], ["half", 3, "CSR"]]
+    assert table.value.tolist() == [2, 2]
+    for dense, sparse in zip(seen[::2], seen[1::2], strict=True):
+        assert torch.allclose(dense, sparse, atol=1e-5)
+
+
+def test_nothing_is_compressed_without_a_gpu_for_it() -> None:
+    model = models.load_model("tiny", device="cpu")[0]
+    for view in models.weight_views(models.blocks(model)[1][0])[0]:
+        view.get()[:, ::2] = 0
+    assert room.compressed(model) is None
+
+
+@pytest.mark.gpu
+def test_a_two_four_model_says_the_same_through_its_kernels() -> None:
+    if torch.cuda.get_device_capability() < (8, 0):
+        pytest.skip("this GPU has no kernels for 2:4")
+    model = models.load_model("tiny", dtype=torch.float16, device="cuda")[0]
+    assert room.compressed(model) is None, "a dense model has nothing to compress"
+    for block in models.blocks(model)[1]:
+        for view in models.weight_views(block)[0]:
+            view.get().view(-1, 4)[:, :2] = 0
+    ids = torch.randint(3, 250, (2, 16), device="cuda")
+    with torch.no_grad():
+        expected, found = model(ids).logits, room.compressed(model)(ids).logits
+    assert torch.allclose(found, expected, atol=2e-2)
+    assert set(room.products({"w": models.weight_views(models.blocks(model)[1][0])[0][0].get()}).format) == {"CSR", "2:4"}

@@ -133,3 +133,12 @@ def test_distributions_rise_to_one() -> None:
     ax = plots.distributions(data, "perplexity", "text", label="perplexity of a text")
     assert [line.get_xdata().tolist() for line in ax.lines] == [[2, 4, 8, 16], [3, 9]]
     assert ax.lines[0].get_ydata()[-1] == 1 and ax.get_xscale() == "log" and ax.get_xlabel() == "perplexity of a text"
+
+
+def test_scores_stand_beside_chance() -> None:
+    data = pd.DataFrame({"task": ["boolq", "rte"], "value": [0.6, 0.5], "stderr": [0.05, 0.1], "chance": [0.5, 0.5]})
+    ax = plots.scores(data)
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["boolq", "rte"] and ax.lines[-1].get_xdata().tolist() == [0.5, 0.5]
+    [bars] = ax.containers
+    assert np.allclose([s[:, 0] for s in bars.lines[2][0].get_segments()], [[0.502, 0.698], [0.304, 0.696]])
+    assert not plots.scores(data[:0]).get_yticklabels(), "nothing was asked"

@@ -11,6 +11,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
@@ -337,3 +338,28 @@ def test_metrics_and_claims_are_kept_only_where_asked(tmp_path: Path) -> None:
     runs.save_claims(tmp_path, rows)
     assert pd.read_json(tmp_path / "claims.json").claim.tolist() == ["a"]
     assert replace(config(), tag="x") != config()
+
+
+def test_a_price_is_set_on_what_a_run_took_and_decides_no_number() -> None:
+    asked = config(evaluate=("perplexity", "speed"))
+    free, dear = runs.run(asked), runs.run(replace(asked, price_per_hour=36.0))
+    assert dear.cached and dear.id == free.id and not any(name.startswith("money/") for name in free.metrics)
+    assert dear.metrics["money/prune"] == pytest.approx(free.metrics["seconds/prune"] / 100)
+    assert dear.metrics["money/evaluate"] == pytest.approx(free.metrics["seconds/evaluate"] / 100)
+    assert dear.metrics["money/million tokens/8"] == pytest.approx(1e4 / free.metrics["speed/decode_tokens_per_second/8"])
+    with pytest.raises(ConfigError, match="price_per_hour is -1"):
+        config(price_per_hour=-1)
+
+
+def test_changes_pair_the_same_items_of_zero_shot_tasks_only() -> None:
+    def answered(right: list[float], items: str, metric: str = "acc") -> Any:
+        rows = [{"task": "rte", "metric": metric, "right": right, "items": items}]
+        return SimpleNamespace(record={"evaluation": {"perplexity": [], "zero_shot": rows}})
+
+    dense, pruned = answered([1, 1, 0, 1], "a"), answered([1, 0, 0, 0], "a")
+    [row] = runs.changes(pruned, dense).to_dict("records")
+    half = 1.959964 * (1 / 3) ** 0.5 / 2
+    assert (row["set"], row["measure"], row["lower_is_better"]) == ("rte", "zero-shot", False)
+    assert (row["value"], row["low"], row["high"]) == pytest.approx((-0.5, -0.5 - half, -0.5 + half))
+    for other in (answered([1, 0], "b"), answered([1, 0, 0, 0], "a", "acc_norm")):
+        assert runs.changes(other, dense).empty

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import random
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from reconkit import data, models, zeroshot
+from reconkit import data, likelihood, models, zeroshot
 from reconkit.config import ConfigError
 
 
@@ -145,13 +147,13 @@ def test_mcnemar_is_the_binomial_of_the_items_that_differ(won: int, lost: int, p
 def test_shared_continuations_equal_the_obvious_way(family: str, length: int) -> None:
     model = families.build(family)
     context, ends = families.tokens(1, length)[0].tolist(), [[5, 6, 7], [8], [9, 10, 11, 12]]
-    for (likely, greedy), end in zip(zeroshot.continuations(model, context, ends), ends, strict=True):
+    for (likely, greedy), end in zip(likelihood.continuations(model, context, ends), ends, strict=True):
         with torch.no_grad():
             scores = model(torch.tensor([context + end])).logits[0, length - 1 : -1].log_softmax(-1)
         assert likely == pytest.approx(float(sum(scores[i, t] for i, t in enumerate(end))), abs=1e-4)
         assert greedy == all(int(scores[i].argmax()) == t for i, t in enumerate(end))
     written = [int(model(torch.tensor([context])).logits[0, -1].argmax())]
-    assert zeroshot.continuations(model, context, [written])[0][1]
+    assert likelihood.continuations(model, context, [written])[0][1]
 
 
 def test_the_scorer_gives_lm_evals_own_log_likelihoods(tiny: tuple) -> None:
@@ -166,6 +168,87 @@ def test_the_scorer_gives_lm_evals_own_log_likelihoods(tiny: tuple) -> None:
     shared = zeroshot._scorer(model, tokenizer).loglikelihood(requests, disable_tqdm=True)
     assert [greedy for _, greedy in shared] == [greedy for _, greedy in plain]
     assert [value for value, _ in shared] == pytest.approx([value for value, _ in plain], abs=1e-3)
+
+
+STATE_SPACE = ("MambaConfig", {"vocab_size": families.VOCABULARY, "hidden_size": 32, "num_hidden_layers": 3, "state_size": 8})
+ROUTES = {
+    "llama": "packed",
+    "opt (biases, learned positions)": "packed",
+    "gpt2 (Conv1D)": "packed",
+    "mixtral (experts)": "packed",
+    "gemma3 (sliding and full layers)": "shared",  # what is asked is longer than its window
+    "bloom (alibi)": "shared",  # no positions
+    "gpt-neo": "shared",  # a window by the place in the row
+    "state space": "plain",  # a state, which a mask does not cut
+}
+
+
+@pytest.mark.parametrize(("family", "route"), ROUTES.items())
+def test_every_family_is_asked_in_the_fastest_way_that_gives_lm_evals_answers(
+    family: str, route: str, tiny: tuple, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("lm_eval")
+    from lm_eval.models.huggingface import HFLM
+
+    monkeypatch.setitem(families.ALL, "state space", STATE_SPACE)
+    monkeypatch.setattr(likelihood, "PACK", 40)  # so that there are several, one with a single question
+    model, tokenizer = families.build(family), tiny[1]
+    contexts = [families.tokens(1, length, seed)[0].tolist() for seed, length in enumerate([36, 9, 1, 14, 5, 22])]
+    contexts.append([*contexts[1][:6], 7, 8])  # begins like another
+    with torch.no_grad():
+        written = int(model(torch.tensor(contexts[:1])).logits[0, -1].argmax())
+    requests = [(("", ""), context, end) for end in ([5, 6, 7], [8], [5, 6, 9, 10], [written]) for context in contexts]
+    plain = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=2)._loglikelihood_tokens(requests, disable_tqdm=True)
+    answered = ["plain"]
+    for name in ("packed", "shared"):
+        monkeypatch.setattr(likelihood, name, noted(getattr(likelihood, name), len(requests), answered))
+    ours = zeroshot._scorer(model, tokenizer)._loglikelihood_tokens(requests, disable_tqdm=True)
+    assert answered[-1] == route
+    assert [value for value, _ in ours] == pytest.approx([value for value, _ in plain], abs=1e-4)
+    assert [greedy for _, greedy in ours] == [greedy for _, greedy in plain] and plain[3 * len(contexts)][1]
+
+
+def noted(route: Any, count: int, answered: list[str]) -> Any:
+    """The route, which adds its name where it is asked everything."""
+
+    def asked(model: Any, pairs: Any) -> Any:
+        answered.extend([route.__name__] if len(pairs) == count else [])
+        return route(model, pairs)
+
+    return asked
+
+
+def test_a_model_of_nans_answers_as_in_lm_eval(tiny: tuple) -> None:
+    """No route agrees with it, so the plain one answers."""
+    pytest.importorskip("lm_eval")
+    model, tokenizer = tiny
+    with torch.no_grad():
+        model.get_input_embeddings().weight.fill_(math.nan)
+    found = zeroshot._scorer(model, tokenizer)._loglikelihood_tokens([(("", ""), [5, 6], [7]), (("", ""), [5], [8, 9])], disable_tqdm=True)
+    assert len(found) == 2 and all(math.isnan(value) for value, _ in found)
+
+
+def test_a_tree_holds_once_what_begins_alike() -> None:
+    tree = likelihood.Tree()
+    for context, end in [([3, 4, 5], [6, 7]), ([3, 4, 5], [6, 8, 9]), ([3, 9], [6])]:
+        tree.add(context, end)
+    assert list(tree.nodes) == [(-1, 3), (0, 4), (1, 5), (2, 6), (3, 8), (0, 9)]
+    assert tree.wanted == [([2, 3], [6, 7]), ([2, 3, 4], [6, 8, 9]), ([5], [6])]
+
+
+@pytest.mark.assets
+@pytest.mark.slow
+def test_lm_evals_command_line_on_a_saved_model_gives_the_same_accuracies(tiny: tuple, tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval")
+    folder, tasks = models.save_model(*tiny, tmp_path / "model"), ["openbookqa", "winogrande"]
+    group = zeroshot.write_tasks(tmp_path / "tasks", tasks, limit=5)
+    words = ["--model", "hf", "--model_args", f"pretrained={folder},dtype=float32", "--include_path", str(group.parent), "--tasks", zeroshot.GROUP]
+    words += ["--device", "cpu", "--batch_size", "8", "--output_path", str(tmp_path / "found.json")]
+    run = subprocess.run([sys.executable, "-m", "lm_eval", *words], capture_output=True, text=True, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    [found] = [json.loads(file.read_text())["results"] for file in tmp_path.glob("found*.json")]
+    table = zeroshot.zero_shot(*tiny, tasks, limit=5)
+    assert len(table) == 3 and all(found[row.task][f"{row.metric},none"] == pytest.approx(row.value) for row in table.itertuples())
 
 
 def test_written_tasks_give_lm_evals_command_line_the_same_score(
