@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import offload
 from .config import ConfigError, PruneConfig, to_dict
 
-ROOMS = ("checkpoint", "criteria", "models", "pruning", "reconstruct", "streams")
+ROOMS = ("checkpoint", "criteria", "models", "offload", "pruning", "reconstruct", "streams")
 SUPERSEDED = 2  # windows after which an earlier version of a block is deleted: one step back stays possible
 
 
@@ -46,7 +47,7 @@ class Checkpoint:
         """
         path = Path(folder)
         key = {
-            "model": _sum(model.state_dict()),
+            "model": on_disk.sum() if (on_disk := offload.of(model)) else _sum(model.state_dict()),
             "samples": _sum(sources),
             "configuration": json.loads(json.dumps({k: v for k, v in to_dict(config).items() if k != "overfit"})),  # which decides words only
             "code": code_hash(ROOMS),
@@ -93,14 +94,18 @@ class Checkpoint:
             (self.folder / f"window-{done}.json").unlink()
         return None
 
-    def blocks(self, record: Mapping[str, Any], layers: nn.ModuleList) -> dict[str, Tensor]:
-        """Put the saved blocks into `layers`; returns the masks that later windows need."""
+    def blocks(self, record: Mapping[str, Any], layers: nn.ModuleList, on_disk: offload.Offload | None = None) -> dict[str, Tensor]:
+        """Put the saved blocks into `layers`; returns the masks that later windows need. Of blocks `on_disk`, only these stay in memory."""
         masks: dict[str, Tensor] = {}
         for i, (name, _) in record["blocks"].items():
+            if on_disk:
+                on_disk.hold(int(i))
             kept = torch.load(self.folder / name, weights_only=True, map_location=next(layers[int(i)].parameters()).device)
             layers[int(i)].load_state_dict(kept["weights"])
             if int(i) >= record["walk"]["position"]:
                 masks |= kept["masks"]
+            elif on_disk:
+                on_disk.finish(int(i))
         return masks
 
     def streams(self, record: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -12,7 +12,9 @@ import math
 import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -119,6 +121,7 @@ def _prune_words(word: argparse.ArgumentParser) -> None:
     word.add_argument("--seed", type=int, default=PruneConfig.seed, help="of the draw and the order of samples; default: %(default)s")
     word.add_argument("--extra", metavar="FILE.jsonl", help="text that only trains, such as `reconkit selfgen` writes")
     word.add_argument("--held-out", nargs="+", default=[], metavar="NAME", help="corpora on which the error is measured, block by block")
+    word.add_argument("--offload", action="store_true", help="read blocks from disk one at a time, for models larger than memory")
     word.add_argument("--checkpoint", metavar="DIR", help="keep the state after every window; the same command continues from it")
     _machine_words(word)
 
@@ -232,11 +235,20 @@ def prune(a: argparse.Namespace) -> None:
         require(not inside, "--checkpoint", a.checkpoint, "a folder outside of --out, which takes the model alone")
     import torch
 
+    from . import models
+
+    options = {"dtype": getattr(torch, a.dtype), "device": a.device}
+    beside = Path(a.out).absolute().parent if a.out else None  # so that finished blocks need not be copied
+    if beside:
+        beside.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".reconkit-", dir=beside) if a.offload else nullcontext() as folder:
+        model, tokenizer = models.load_model(a.model, **options, **({"offload": folder} if folder else {}))
+        print(_plan(model, job, config)) if a.plan else _prune(a, job, config, model, tokenizer)
+
+
+def _prune(a: argparse.Namespace, job: RunConfig, config: PruneConfig, model: Any, tokenizer: Any) -> None:
     from . import data, models, pruning, report
 
-    model, tokenizer = models.load_model(a.model, dtype=getattr(torch, a.dtype), device=a.device)
-    if a.plan:
-        return print(_plan(model, job, config))
     samples = data.load_samples(a.corpus, tokenizer, count=a.count, length=a.length, seed=a.seed)
     extra = data.load_samples(a.extra, tokenizer, count=None, length=a.length, seed=a.seed) if a.extra else None
     held_out = {

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import cost, data, packing
+from . import cost, data, offload, packing
 from .config import Z95, require
 from .latency import compressed, latency
 from .models import blocks, read_on, save_model, weight_views, weights_sum
+from .streams import Runner
 from .zeroshot import answers, check_tasks, compare, items_sum
 
 if TYPE_CHECKING:
@@ -39,6 +40,8 @@ def sequence_nll(model: PreTrainedModel, samples: Tensor, *, batch_size: int = 8
     """
     require(samples.ndim == 2 and samples.shape[1] >= 2 and len(samples) > 0, "samples", tuple(samples.shape), "(samples, at least 2 tokens)")
     length, vocabulary = samples.shape[1], model.get_output_embeddings().out_features
+    if offload.of(model):
+        return _nll_by_block(model, samples, max(1, min(batch_size, LOGITS // (length * vocabulary))))
     fits, piece = LOGITS // (length * vocabulary), max(1, LOGITS // vocabulary)
     found = []
     for ids in samples.split(max(1, min(batch_size, fits))):
@@ -53,6 +56,17 @@ def sequence_nll(model: PreTrainedModel, samples: Tensor, *, batch_size: int = 8
             parts.append(_nll(logits, ids[:, start + 1 : start + 1 + part.shape[1]]))
         found.append(torch.cat(parts, 1).mean(1))
     return torch.cat(found)
+
+
+def _nll_by_block(model: PreTrainedModel, samples: Tensor, batch_size: int) -> Tensor:
+    """As `sequence_nll`, for blocks on disk: all samples pass one block before the next is read."""
+    runner = Runner(model, blocks(model)[1])
+    states = runner.embed(samples, batch_size)
+    for i in range(len(runner.blocks)):
+        with offload.holding(model, i):
+            states = runner.advance([i], states, batch_size)
+    parts = zip(states.split(batch_size), samples.split(batch_size), strict=True)
+    return torch.cat([_nll(runner.logits(s.to(runner.device))[:, :-1], ids[:, 1:].to(runner.device)).mean(1) for s, ids in parts])
 
 
 def _nll(logits: Tensor, targets: Tensor) -> Tensor:
@@ -129,13 +143,17 @@ def clustered_error(right: Tensor, cluster: Tensor) -> float:
 
 def size(model: PreTrainedModel) -> dict[str, float]:
     """Parameters, bytes in memory, and the share of zeros in the prunable matrices (which saves no byte by itself)."""
-    views = [view for block in blocks(model)[1] for view in weight_views(block)[0]]
-    weights = sum(view.get().numel() for view in views)
+    weights = zeros = 0
+    for index, block in enumerate(blocks(model)[1]):
+        with offload.holding(model, index):
+            for view in weight_views(block)[0]:
+                weights += view.get().numel()
+                zeros += int((view.get() == 0).sum())
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
         "bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
         "prunable": weights,
-        "zeros": sum(int((view.get() == 0).sum()) for view in views) / weights,
+        "zeros": zeros / weights,
     }
 
 

@@ -13,7 +13,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from . import assets
-from .config import ConfigError
+from . import assets, offload
+from .config import ConfigError, require
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -74,20 +74,26 @@ def resolve_device(device: str = "auto") -> str:
     return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def load_model(name: str, *, dtype: torch.dtype = torch.float32, device: str = "auto") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_model(
+    name: str, *, dtype: torch.dtype = torch.float32, device: str = "auto", offload: str | Path | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model in eval mode, and its tokenizer.
 
     Args:
         name: "smollm2-135m" (offline), "tiny" (random weights, needs nothing), a folder, a .gguf file or a hub id.
         dtype: how the weights are held, whatever the checkpoint says.
         device: "auto" (cuda, mps, cpu) or one of them.
+        offload: for models larger than memory, a new or empty folder: blocks are read from the model's safetensors when they are
+            called, `prune` writes them there when they are finished, and `save_model` gathers them.
 
     Raises:
-        ConfigError: no source knows the name, or the hub that would know it cannot be asked.
+        ConfigError: `offload` for a model that is not in safetensors; no source knows the name, or the hub that would know it cannot be asked.
         RuntimeError: the file holds weights that are not plain float matrices.
     """
     check_model(name)
     device = resolve_device(device)
+    if offload is not None:
+        return _open(name, dtype, device, Path(offload))
     if name == TINY:
         model, tokenizer = _tiny()
         model = model.to(dtype)
@@ -96,6 +102,31 @@ def load_model(name: str, *, dtype: torch.dtype = torch.float32, device: str = "
             folder = _offline_folder() if name == OFFLINE else name
             model, tokenizer = _from_gguf(Path(folder), dtype) if folder.endswith(".gguf") else _from_pretrained(folder, dtype)
     return model.to(device).eval(), tokenizer
+
+
+def _open(name: str, dtype: torch.dtype, device: str, blocks_folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model with its blocks on disk."""
+    from transformers import AutoTokenizer
+
+    require(name != TINY and not name.endswith(".gguf"), "offload", str(blocks_folder), f"None for {name}, which is not in safetensors")
+    empty = not blocks_folder.exists() or (blocks_folder.is_dir() and not any(blocks_folder.iterdir()))
+    require(empty, "offload", str(blocks_folder), "a new or an empty folder")
+    folder = Path(_offline_folder() if name == OFFLINE else name)
+    if not folder.is_dir():
+        folder = Path(_snapshot(name))
+    with _no_bars():
+        model = offload.open_model(folder, dtype, device, blocks_folder)
+    return model, AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def _snapshot(name: str) -> str:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        return snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt"])
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        raise ConfigError(f"The hub cannot be asked for {name!r} or does not have it ({_first_line(error)}); models are: {POSSIBLE}.") from error
 
 
 @contextmanager
@@ -203,7 +234,10 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
     staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         with _no_bars():
-            model.save_pretrained(staging / "new")
+            if offload.of(model):
+                offload.save(model, staging / "new")
+            else:
+                model.save_pretrained(staging / "new")
         tokenizer.save_pretrained(staging / "new")
         if folder.exists():
             os.replace(folder, staging / "old")
@@ -300,7 +334,8 @@ def read_on(model: PreTrainedModel, ids: Tensor, cache: object = None, **options
 
 def weights_sum(model: PreTrainedModel) -> str:
     """A sum over the weights: what a model is, whatever it is called."""
-    found = hashlib.sha256()
-    for parameter in model.parameters():
-        found.update(parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    found, on_disk = hashlib.sha256(), offload.of(model)
+    for name, parameter in model.named_parameters():
+        with offload.holding(model, on_disk.index(name)) if on_disk else nullcontext():
+            found.update(parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return found.hexdigest()

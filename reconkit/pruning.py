@@ -68,6 +68,11 @@ class Walk:
     masks: dict[str, Tensor] = field(default_factory=dict)
     "Kept entries (out, in) by view name, of the blocks that later windows still train."
     zeros: int = 0
+    "Entries that masks have set to zero."
+    seen: int = 0
+    "Zeros found in the prunable matrices of the blocks before `position`."
+    left: list[int] = field(default_factory=list)
+    "Parameters that are not zero in each of these blocks."
     errors: list[tuple[int, str, float, float]] = field(default_factory=list)
     training: list[tuple[str, int, str, float]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -117,7 +122,7 @@ def prune(
         finally:
             for module, training in switches:
                 module.training = training
-    _verify(layers, found, walk, config)
+    _verify(layers, walk)
     entries = sum(math.prod(v.get().shape) for views in found.views for v in views)
     return PruneResult(
         errors=pd.DataFrame(walk.errors, columns=["block", "source", "mse", "nmse"]),
@@ -127,16 +132,15 @@ def prune(
         peak_memory={"gpu": used.gpu_bytes, "rss": used.rss_bytes},
         notes=walk.notes,
         config=config,
-        per_parameter=_per_parameter(layers, len(samples) + (0 if extra is None else len(extra)), samples.shape[1], model, config),
+        per_parameter=_per_parameter(walk.left, len(samples) + (0 if extra is None else len(extra)), samples.shape[1], model, config),
     )
 
 
-def _per_parameter(layers: nn.ModuleList, trained: int, tokens: int, model: nn.Module, config: PruneConfig) -> float | None:
+def _per_parameter(left: list[int], trained: int, tokens: int, model: nn.Module, config: PruneConfig) -> float | None:
     """Training scalars for each weight that is left in the largest window."""
     if not config.trains:
         return None
-    left = [sum(int((p != 0).sum()) for p in layer.parameters()) for layer in layers]
-    largest = max(sum(left[i] for i in window) for window in windows(len(layers), config.window_blocks, config.overlap_blocks))
+    largest = max(sum(left[i] for i in window) for window in windows(len(left), config.window_blocks, config.overlap_blocks))
     return overfit.per_parameter(trained, tokens, model.config.get_text_config().hidden_size, largest)
 
 
@@ -211,6 +215,8 @@ def _resume(
 ) -> Walk:
     """The walk as it was after its last whole window; the model comes in dense and leaves with the finished blocks."""
     position, pruned = record["walk"]["position"], record["walk"]["pruned"]
+    for i in range(position, pruned):
+        _hold(runner, i)
     if _copies_needed(config):
         dense_copies |= {i: copy.deepcopy(runner.blocks[i]) for i in range(position, pruned)}
     streams = saved.streams(record)
@@ -219,11 +225,11 @@ def _resume(
         dense = [embedded]
         for i in range(pruned):
             dense.append({s: runner.advance([i], x, config.batch_size) for s, x in dense[i].items()})
-        masks = saved.blocks(record, runner.blocks)
+        masks = saved.blocks(record, runner.blocks, runner.offload)
         sparse = {s: _one_by_one(runner, range(position), x, config) for s, x in embedded.items()}
         streams = {"sparse": sparse, "dense": {i: dense[i] for i in range(position, pruned + 1)}}
     else:
-        masks = saved.blocks(record, runner.blocks)
+        masks = saved.blocks(record, runner.blocks, runner.offload)
     return Walk(**{**record["walk"], **streams, "masks": masks})
 
 
@@ -256,7 +262,16 @@ def _advance(runner: Runner, walk: Walk, position: int, config: PruneConfig, fou
         del walk.dense[i]
         for view in found.views[i]:
             walk.masks.pop(f"{i}.{view.name}", None)
+        walk.seen += sum(int((v.get() == 0).sum()) for v in found.views[i])
+        walk.left.append(sum(int((p != 0).sum()) for p in runner.blocks[i].parameters()))
         walk.position = i + 1
+        if runner.offload:
+            runner.offload.finish(i)
+
+
+def _hold(runner: Runner, index: int) -> None:
+    if runner.offload:
+        runner.offload.hold(index)
 
 
 def _window(
@@ -277,6 +292,8 @@ def _window(
     """
     for i in [i for i in dense_copies if i < window.start]:
         del dense_copies[i]
+    for i in window:
+        _hold(runner, i)
     new = [i for i in window if i >= walk.pruned]
     for i in new:  # still dense: the dense stream passes through them now
         walk.dense[i + 1] = {s: runner.advance([i], x, config.batch_size) for s, x in walk.dense[i].items()}
@@ -480,7 +497,13 @@ def find(runner: Runner, ids: Tensor, config: PruneConfig) -> Found:
         if view not in group:
             group.append(view)
 
-    runner.record(ids, InputTap([v for views in per_block for v in views], seen))
+    tap = InputTap((), seen)
+    handles = [b.register_forward_pre_hook(lambda _, __, views=views: tap.watch(views)) for b, views in zip(runner.blocks, per_block, strict=True)]
+    try:
+        runner.record(ids, tap)
+    finally:
+        for handle in handles:
+            handle.remove()
     views = [[v if straight.get(id(v.parameter), not v.transposed) != v.transposed else v.turned() for v in row] for row in per_block]
     groups = []
     for i, row in enumerate(views):
@@ -538,11 +561,11 @@ def _parameter_masks(found: Found, walk: Walk, window: range) -> dict[nn.Paramet
     return masks
 
 
-def _verify(layers: nn.ModuleList, found: Found, walk: Walk, config: PruneConfig) -> None:
+def _verify(layers: nn.ModuleList, walk: Walk) -> None:
     """Every block was pruned, and its matrices hold at least the zeros that the masks put there."""
-    zeros = sum(int((v.get() == 0).sum()) for row in found.views for v in row)
-    if walk.pruned != len(layers) or zeros < walk.zeros:
-        raise RuntimeError(f"{walk.pruned} of {len(layers)} blocks were pruned and {zeros} of {walk.zeros} masked weights are zero; this is a bug.")
+    if walk.pruned != len(layers) or walk.seen < walk.zeros:
+        were = f"{walk.pruned} of {len(layers)} blocks were pruned and {walk.seen} of {walk.zeros} masked weights are zero"
+        raise RuntimeError(f"{were}; this is a bug.")
     if {b for b, *_ in walk.errors} != set(range(len(layers))):
         raise RuntimeError("Not every block's error was measured; this is a bug.")
 

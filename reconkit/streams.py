@@ -7,6 +7,7 @@ a held-out name). Each source flows twice: dense through the original blocks, sp
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers.cache_utils import Cache
 
+from . import offload
 from .models import WeightView
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -27,15 +29,18 @@ class Runner:
     """
 
     def __init__(self, model: nn.Module, blocks: nn.ModuleList) -> None:
-        self.model, self.blocks = model, blocks
+        self.model, self.blocks, self.offload = model, blocks, offload.of(model)
+        self._tuples: bool | None = None
         self._calls: dict[tuple[int, int], list[Call]] = {}
 
     def record(self, ids: Tensor, tap: InputTap | None = None) -> None:
         """Record the calls for the batch size and length of `ids` (B, T); `tap` sees the products meanwhile."""
         calls: list[Call] = []
+        if self.offload and tap is None:
+            self._return_tuples()  # before anything counts the calls
         handles = [block.register_forward_pre_hook(lambda _, a, k: calls.append(_without_states(a, k)), with_kwargs=True) for block in self.blocks]
-        try:
-            with torch.no_grad(), tap or _nothing():
+        try:  # blocks on disk are read for nothing but a tap
+            with torch.no_grad(), tap or (self._skipped() if self.offload else _nothing()):
                 self._forward(ids)
         finally:
             for handle in handles:
@@ -57,7 +62,7 @@ class Runner:
             states.append(args[0] if args else kwargs["hidden_states"])
             raise _Reached
 
-        handle = self.blocks[0].register_forward_pre_hook(stop, with_kwargs=True)
+        handle = self.blocks[0].register_forward_pre_hook(stop, with_kwargs=True, prepend=True)
         try:
             with torch.no_grad():
                 for batch in ids.split(batch_size):
@@ -68,6 +73,62 @@ class Runner:
         finally:
             handle.remove()
         return torch.cat(states)
+
+    @torch.no_grad()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """What the model makes of the last block's output, (B, T, H) → (B, T, vocabulary)."""
+        with self._skipped(hidden):
+            return self.model(input_ids=torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device), use_cache=False).logits
+
+    @contextmanager
+    def _skipped(self, result: Tensor | None = None) -> Iterator[None]:
+        """The blocks compute nothing: they hand on what they get, and the last one `result`, in the form that the model expects of them."""
+        tuples = self._return_tuples()
+
+        def passing(given: Tensor | None) -> Callable[..., Any]:
+            def forward(hidden_states: Tensor, *_: Any, **__: Any) -> Any:
+                out = hidden_states if given is None else given
+                return (out,) if tuples else out
+
+            return forward
+
+        if self.offload:
+            self.offload.asleep = True
+        for block in self.blocks:
+            block.forward = passing(result if block is self.blocks[-1] else None)
+        try:
+            yield
+        finally:
+            for block in self.blocks:
+                del block.forward
+            if self.offload:
+                self.offload.asleep = False
+
+    def _return_tuples(self) -> bool:
+        """Whether a block returns a tuple; asked once, on two made-up tokens.
+
+        Raises:
+            RuntimeError: it returns more than hidden states, which the model may need.
+        """
+        if self._tuples is None:
+            seen: list[Any] = []
+
+            def stop(_: nn.Module, __: tuple[Any, ...], out: Any) -> None:
+                seen.append(out)
+                raise _Reached
+
+            handle = self.blocks[0].register_forward_hook(stop)
+            try:
+                with torch.no_grad(), torch._C.DisableTorchFunction():
+                    self._forward(torch.zeros(1, 2, dtype=torch.long))
+            except _Reached:
+                pass
+            finally:
+                handle.remove()
+            if not isinstance(seen[0], Tensor) and len(seen[0]) > 1:
+                raise RuntimeError(f"A block returns {len(seen[0])} values, so it cannot be skipped; load the model whole.")
+            self._tuples = not isinstance(seen[0], Tensor)
+        return self._tuples
 
     def prepare(self, batch_sizes: Iterable[int], length: int) -> None:
         """Record the calls for batches of these sizes, where they are not known yet; the model must be in its own dtype."""
@@ -124,7 +185,12 @@ class InputTap(TorchFunctionMode):
 
     def __init__(self, views: Iterable[WeightView], seen: Callable[[WeightView, Tensor, bool], None]) -> None:
         super().__init__()
-        self.views, self.seen = {v.get().data_ptr(): v for v in views}, seen
+        self.seen = seen
+        self.watch(views)
+
+    def watch(self, views: Iterable[WeightView]) -> None:
+        """From now on these, which are where they are now."""
+        self.views = {v.get().data_ptr(): v for v in views}
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         place = 1 if func in self.SECOND else 2 if func is torch.addmm else None

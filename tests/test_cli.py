@@ -190,6 +190,20 @@ def test_prune_saves_a_model_that_transformers_loads(tmp_path: Path, capsys: pyt
     assert status("prune", *TINY, "--out", str(out)) == 2, "a second model never replaces the first"
 
 
+def test_prune_reads_blocks_from_disk_and_gives_the_same_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from reconkit import models
+
+    models.save_model(*models.load_model("tiny"), tmp_path / "model")
+    words = ["--model", str(tmp_path / "model"), *TINY[2:], "--epochs", "1"]
+    assert TINY[0] == "--model" and status("prune", *words, "--out", str(tmp_path / "whole")) == 0
+    assert status("prune", *words, "--plan", "--offload") == 0 and "weights in" in capsys.readouterr().out
+    assert status("prune", *words, "--out", str(tmp_path / "blocks"), "--offload") == 0
+    sums = {name: models.weights_sum(models.load_model(str(tmp_path / name))[0]) for name in ("whole", "blocks")}
+    assert sums["whole"] == sums["blocks"]
+    assert {p.name for p in tmp_path.iterdir()} == {"model", "whole", "blocks"}, "nothing is left"
+    assert status("prune", *TINY, "--out", str(tmp_path / "more"), "--offload") == 2
+
+
 def test_selfgen_writes_text_that_prune_takes_as_extra(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "self.jsonl"
     assert status("selfgen", "--model", "tiny", "--count", "2", "--length", "32", "--seed", "3", "--out", str(file)) == 0

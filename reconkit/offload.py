@@ -1,0 +1,219 @@
+"""Models larger than memory: a block is in memory while it is called or held, and its finished self is written back as a shard.
+
+Released parameters keep their identity, shape, dtype and device, as one number that is repeated without taking memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .config import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+class Offload:
+    """The blocks of a model on disk.
+
+    Args:
+        prefix: name of the block list inside the model, such as model.layers.
+        files: name of a weight → the safetensors file that holds it.
+        folder: where finished blocks are written, one file each.
+        device: where blocks are computed.
+    """
+
+    def __init__(self, model: PreTrainedModel, prefix: str, layers: nn.ModuleList, files: Mapping[str, Path], folder: Path, device: str) -> None:
+        self.layers, self.prefix, self.files, self.folder, self.device = layers, prefix, files, folder, torch.device(device)
+        self.held: set[int] = set()
+        self.asleep = False
+        "Blocks are called without being computed."
+        self.finished: set[int] = set()
+        for index, block in enumerate(layers):
+            self._drop(index)
+            block.register_forward_pre_hook(lambda _, __, i=index: self._enter(i))
+            block.register_forward_hook(lambda _, __, ___, i=index: self._leave(i), always_call=True)
+
+    def hold(self, index: int) -> None:
+        """Keep a block in memory until it is released or finished."""
+        if index not in self.held:
+            self._read(index)
+            self.held.add(index)
+
+    def release(self, index: int) -> None:
+        """Forget what is in memory of a block."""
+        if index in self.held:
+            self.held.discard(index)
+            self._drop(index)
+
+    def finish(self, index: int) -> None:
+        """Write a held block back, and release it; from now on this is what is read."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        save_file({name: p.detach().cpu().contiguous() for name, p in self._named(index).items()}, str(self.shard(index)), metadata={"format": "pt"})
+        self.finished.add(index)
+        self.release(index)
+
+    def shard(self, index: int) -> Path:
+        return self.folder / f"block-{index:05}.safetensors"
+
+    def index(self, name: str) -> int | None:
+        """The block that a parameter belongs to."""
+        inside = name.startswith(f"{self.prefix}.")
+        return int(name.removeprefix(f"{self.prefix}.").split(".")[0]) if inside else None
+
+    def sum(self) -> str:
+        """What decides the weights: names, sizes and times of the files they are read from."""
+        facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(set(self.files.values()))]
+        return hashlib.sha256(repr(facts).encode()).hexdigest()
+
+    def _named(self, index: int) -> dict[str, nn.Parameter]:
+        return {f"{self.prefix}.{index}.{name}": p for name, p in self.layers[index].named_parameters()}
+
+    def _enter(self, index: int) -> None:
+        if index not in self.held and not self.asleep:
+            self._read(index)
+
+    def _leave(self, index: int) -> None:
+        if index not in self.held and not self.asleep:
+            self._drop(index)
+
+    @torch.no_grad()
+    def _read(self, index: int) -> None:
+        read_into(self._named(index), {name: self.shard(index) for name in self._named(index)} if index in self.finished else self.files, self.device)
+
+    @torch.no_grad()
+    def _drop(self, index: int) -> None:
+        for p in self.layers[index].parameters():
+            p.data = torch.zeros((), dtype=p.dtype, device=self.device).expand(p.shape)
+
+
+def read_into(parameters: Mapping[str, nn.Parameter], files: Mapping[str, Path], device: torch.device) -> None:
+    """Give each parameter its weights, in its own dtype, as memory of their own: pages of a mapped file would count as the process's."""
+    by_file: dict[Path, list[str]] = {}
+    for name in parameters:
+        by_file.setdefault(files[name], []).append(name)
+    for file, names in by_file.items():
+        with safe_open(str(file), framework="pt", device="cpu") as stored:
+            for name in names:
+                weight = stored.get_tensor(name)
+                if weight.shape != parameters[name].shape:
+                    raise ConfigError(f"{file.name} holds {name} as {tuple(weight.shape)}; the model wants {tuple(parameters[name].shape)}.")
+                parameters[name].data = weight.to(device, parameters[name].dtype, copy=True)
+
+
+def of(model: nn.Module) -> Offload | None:
+    """The blocks on disk of a model that was loaded so."""
+    return getattr(model, "_reconkit_offload", None)
+
+
+@contextmanager
+def holding(model: nn.Module, index: int | None) -> Iterator[None]:
+    """Block `index` in memory for the while; nothing to do for None, or where the whole model is."""
+    offload = of(model)
+    release = offload is not None and index is not None and index not in offload.held
+    if release:
+        offload.hold(index)
+    try:
+        yield
+    finally:
+        if release:
+            offload.release(index)
+
+
+def open_model(folder: Path, dtype: torch.dtype, device: str, blocks_folder: Path) -> PreTrainedModel:
+    """The model of a Hugging Face folder with its blocks on disk; embeddings, norm and head are in memory.
+
+    Raises:
+        ConfigError: no safetensors, or weights under other names than the model's.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from .models import blocks
+
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    prefix, layers = blocks(model)
+    for module in model.modules():  # nothing on the meta device: released parameters are ordinary ones
+        for name, p in module._parameters.items():
+            if p is not None and p.is_meta:
+                nothing = torch.zeros((), dtype=dtype, device=device).expand(p.shape)
+                module._parameters[name] = nn.Parameter(nothing, requires_grad=p.requires_grad)
+    model.tie_weights()
+    parameters = dict(model.named_parameters())
+    files = _files(folder, list(parameters))
+    model._reconkit_offload = Offload(model, prefix, layers, files, blocks_folder, device)
+    read_into({n: p for n, p in parameters.items() if not n.startswith(f"{prefix}.")}, files, torch.device(device))
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.to(device)
+    return model.eval()
+
+
+def _files(folder: Path, names: list[str]) -> dict[str, Path]:
+    """The file that holds each weight."""
+    index = folder / INDEX
+    if index.is_file():
+        known = {name: folder / file for name, file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items()}
+    elif (folder / SINGLE).is_file():
+        with safe_open(str(folder / SINGLE), framework="pt") as stored:
+            known = dict.fromkeys(stored.keys(), folder / SINGLE)
+    else:
+        raise ConfigError(f"{folder} holds no safetensors, which blocks are read from one at a time; load it whole and save it again.")
+    missing = [name for name in names if name not in known]
+    if missing:
+        raise ConfigError(f"{folder} has no weight called {missing[0]}; blocks are read one at a time only from the model's own layout.")
+    return {name: known[name] for name in names}
+
+
+def save(model: PreTrainedModel, folder: Path) -> None:
+    """The model as a plain Hugging Face folder of one shard for each block; finished ones are linked, others are read from where they are."""
+    offload = of(model)
+    folder.mkdir(parents=True, exist_ok=True)
+    count = len(offload.layers) + 1
+    weight_map: dict[str, str] = {}
+    total = 0
+
+    def put(number: int, weights: dict[str, Tensor], ready: Path | None = None) -> None:
+        nonlocal total
+        name = f"model-{number:05}-of-{count:05}.safetensors"
+        if ready is not None:
+            try:
+                os.link(ready, folder / name)
+            except OSError:  # another disk, or one without links
+                shutil.copy(ready, folder / name)
+        else:
+            save_file(weights, str(folder / name), metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(weights, name))
+        total += sum(w.numel() * w.element_size() for w in weights.values())
+
+    inside = {name for i in range(len(offload.layers)) for name in offload._named(i)}
+    put(1, {n: p.detach().cpu().contiguous() for n, p in model.named_parameters() if n not in inside})
+    for i in range(len(offload.layers)):
+        finished = i in offload.finished
+        if not finished:
+            offload._enter(i)
+        weights = {n: p.detach() if finished else p.detach().cpu().contiguous() for n, p in offload._named(i).items()}
+        put(i + 2, weights, offload.shard(i) if finished else None)
+        if not finished:
+            offload._leave(i)
+    (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=1), encoding="utf-8")
+    model.config.save_pretrained(folder)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
