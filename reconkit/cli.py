@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import shutil
 import sys
@@ -105,7 +104,7 @@ def _prune_words(word: argparse.ArgumentParser) -> None:
     word.add_argument("--model", required=True, help="smollm2-135m, tiny, a folder, a .gguf file or a hub id")
     where = word.add_mutually_exclusive_group(required=True)
     where.add_argument("--out", metavar="DIR", help="new or empty folder for the pruned model")
-    where.add_argument("--plan", action="store_true", help="print what would be done, and do nothing")
+    where.add_argument("--plan", action="store_true", help="print what would be done, and what time, memory and disk it takes by a look of seconds")
     word.add_argument(
         "--corpus",
         default=RunConfig.corpus,
@@ -121,6 +120,7 @@ def _prune_words(word: argparse.ArgumentParser) -> None:
     word.add_argument("--seed", type=int, default=PruneConfig.seed, help="of the draw and the order of samples; default: %(default)s")
     word.add_argument("--extra", metavar="FILE.jsonl", help="text that only trains, such as `reconkit selfgen` writes")
     word.add_argument("--held-out", nargs="+", default=[], metavar="NAME", help="corpora on which the error is measured, block by block")
+    word.add_argument("--price-per-hour", type=float, metavar="MONEY", help="of this machine, for --plan")
     word.add_argument("--offload", action="store_true", help="read blocks from disk one at a time, for models larger than memory")
     word.add_argument("--checkpoint", metavar="DIR", help="keep the state after every window; the same command continues from it")
     _machine_words(word)
@@ -226,7 +226,8 @@ def _runs_words(word: argparse.ArgumentParser) -> None:
 def prune(a: argparse.Namespace) -> None:
     layers = a.layers[0] if len(a.layers) == 1 and a.layers[0] in LAYERS else tuple(a.layers)
     config = PruneConfig(**{flag: getattr(a, flag) for flag in PRUNE_FLAGS}, layers=layers, recompute=a.recompute, seed=a.seed)
-    job = RunConfig(a.model, a.corpus, a.count, a.length, tuple(a.held_out), config, extra=a.extra, seed=a.seed, device=a.device, dtype=a.dtype)
+    options = {"extra": a.extra, "seed": a.seed, "device": a.device, "dtype": a.dtype, "price_per_hour": a.price_per_hour}
+    job = RunConfig(a.model, a.corpus, a.count, a.length, tuple(a.held_out), config, **options)
     _check_texts([a.corpus, *a.held_out, *([a.extra] if a.extra else [])])
     _check_models([a.model])
     if a.out:
@@ -235,15 +236,18 @@ def prune(a: argparse.Namespace) -> None:
         require(not inside, "--checkpoint", a.checkpoint, "a folder outside of --out, which takes the model alone")
     import torch
 
-    from . import models
+    from . import models, plan
 
     options = {"dtype": getattr(torch, a.dtype), "device": a.device}
     beside = Path(a.out).absolute().parent if a.out else None  # so that finished blocks need not be copied
     if beside:
         beside.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".reconkit-", dir=beside) if a.offload else nullcontext() as folder:
+        found = plan.estimate(job, offload=a.offload) if a.plan else None
         model, tokenizer = models.load_model(a.model, **options, **({"offload": folder} if folder else {}))
-        print(_plan(model, job, config)) if a.plan else _prune(a, job, config, model, tokenizer)
+        if found:
+            return print(plan.describe(model, job, found, checkpoint=a.checkpoint is not None, price_per_hour=a.price_per_hour))
+        _prune(a, job, config, model, tokenizer)
 
 
 def _prune(a: argparse.Namespace, job: RunConfig, config: PruneConfig, model: Any, tokenizer: Any) -> None:
@@ -258,33 +262,6 @@ def _prune(a: argparse.Namespace, job: RunConfig, config: PruneConfig, model: An
     models.save_model(model, tokenizer, a.out)
     print(report.summary(result))
     print(f"Saved in {a.out}; transformers' from_pretrained loads it.")
-
-
-def _plan(model: Any, job: RunConfig, config: PruneConfig) -> str:
-    """What `prune` would do to `model`; one forward of a few tokens finds its matrices."""
-    import torch
-
-    from . import models, pruning
-    from .streams import Runner
-
-    _, layers = models.blocks(model)
-    found = pruning.find(Runner(model, layers), torch.zeros(1, 8, dtype=torch.long, device=model.device), config)
-    chosen = [(found.full_name(i, v), v.get().numel()) for i, row in enumerate(found.views) for v in row if v.name in found.chosen]
-    weights, zeros = sum(n for _, n in chosen), sum(n * config.sparsity_of(name) for name, n in chosen)
-    total = sum(p.numel() for p in model.parameters())
-    windows = pruning.windows(len(layers), config.window_blocks, config.overlap_blocks)
-    steps = config.steps or config.epochs * math.ceil(job.count / config.batch_size)
-    stream = (job.count + job.held_out_count * len(job.held_out)) * job.length * model.get_input_embeddings().embedding_dim
-    lines = {
-        "model": f"{job.model}, {len(layers)} blocks, {total / 1e6:,.1f}M parameters, {job.dtype} on {model.device}",
-        "mask": f"{config.criterion}, {config.pattern}: {zeros / 1e6:,.1f}M of {weights / 1e6:,.1f}M weights in {len(chosen)} matrices go",
-        "technique": f"{config.technique}: {len(windows)} windows of up to {max(map(len, windows))} blocks"
-        + (f", {steps} optimiser steps each" if config.trains else ", no training"),
-        "calibration": f"{job.count} samples of {job.length} tokens of {job.corpus}" + (f", and {job.extra}" if job.extra else ""),
-        "held-out": f"{job.held_out_count} samples of each of {', '.join(job.held_out)}" if job.held_out else "none",
-        "streams": f"two of {stream * model.dtype.itemsize / 1e6:,.0f} MB",
-    }
-    return "\n".join([*(f"{name:<12} {text}" for name, text in lines.items()), *found.notes])
 
 
 def _check_models(names: Sequence[str]) -> None:

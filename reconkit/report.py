@@ -160,7 +160,7 @@ def summary(result: Any) -> str:
     word, reasons = verdict(result)
     facts = {
         "sparsity": result.sparsity,
-        "time": _clock(result.seconds),
+        "time": clock(result.seconds),
         "peak memory": ", ".join(f"{size(n)} {name}" for name, n in result.peak_memory.items() if n),
         "verdict": " ".join([word, *(f"({reason})" for reason in reasons)]),
     }
@@ -282,8 +282,8 @@ def line(state: dict[str, Any]) -> str:
             f"{state['title']} (process {state['pid']})",
             f"{state['done'] / max(state['total'], 1):4.0%}",
             *(f"{k} {show(v)[:LONGEST]}" for k, v in facts.items()),
-            f"{_clock(time.time() - state['started'])} so far",
-            f"about {_clock(left)} left" if left is not None else "",
+            f"{clock(time.time() - state['started'])} so far",
+            f"about {clock(left)} left" if left is not None else "",
         ]
     ).rstrip()
 
@@ -333,7 +333,7 @@ def text_table(table: DataFrame) -> str:
     return table.to_string(index=False, na_rep="", formatters=[show] * table.shape[1])
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -1,0 +1,144 @@
+"""What a pruning will take, from a look of seconds: its first blocks are pruned with a few samples, and the rest is proportion."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import cost, models, pruning, report
+from .config import PruneConfig, RunConfig
+from .streams import Runner
+
+BLOCKS = 3  # that are looked at: enough for a window that overlaps both of its neighbours
+ENOUGH = 12.0  # seconds of looking after which no larger look is taken
+
+
+@dataclass(frozen=True)
+class Look:
+    """A few samples through the first blocks."""
+
+    samples: int
+    epochs: int
+    seconds: float
+    rss_bytes: int
+    gpu_bytes: int
+    blocks: int
+    "Of the whole model."
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What the whole walk will take."""
+
+    seconds: float
+    rss_bytes: float
+    "Peak of RAM above what the process holds with the model loaded."
+    gpu_bytes: float
+    "Peak on the GPU, the model included; 0 without one."
+    probe_seconds: float
+
+
+def estimate(job: RunConfig, *, offload: bool = False) -> Estimate:
+    """Prune the first blocks a little, and say what all of it will take.
+
+    With n samples and e epochs a walk takes A + n · (F + e · G) seconds and M + n · S bytes. Three looks, in processes of
+    their own so that no memory is used twice, give A, F, G and M, S.
+
+    Args:
+        job: model, count, length, held-out sets and how it is pruned.
+        offload: blocks are read from disk.
+
+    Raises:
+        ConfigError: as `prune`.
+    """
+    config, started = job.prune, time.perf_counter()
+    first = cost.apart(look, job, offload, config.batch_size, 1)
+    taken = time.perf_counter() - started
+    wide = cost.apart(look, job, offload, 2 * config.batch_size, 1) if taken < ENOUGH else None
+    long = cost.apart(look, job, offload, config.batch_size, 2) if taken < ENOUGH and config.trains else None
+    whole = first.blocks / min(BLOCKS, first.blocks)
+    epochs = config.epochs if config.steps is None else config.steps * config.batch_size / job.count
+    per_epoch = max(long.seconds - first.seconds, 0.0) / first.samples if long else 0.0
+    slope = max(wide.seconds - first.seconds, 0.0) / first.samples if wide else first.seconds / first.samples
+    seconds = first.seconds + (job.count - first.samples) * slope + job.count * (epochs - 1) * per_epoch
+
+    def peak(name: str) -> float:
+        near, far = getattr(first, name), getattr(wide or first, name)
+        return near + (job.count - first.samples) * max(far - near, 0) / first.samples
+
+    return Estimate(whole * seconds, peak("rss_bytes"), peak("gpu_bytes"), time.perf_counter() - started)
+
+
+def look(job: RunConfig, offload: bool, samples: int, epochs: int) -> Look:
+    """Prune the first blocks with so many samples and epochs; once before it is timed, so that what is made once is there."""
+    with tempfile.TemporaryDirectory() as folder:
+        where = {"offload": Path(folder) / "blocks"} if offload else {}
+        model, _ = models.load_model(job.model, dtype=getattr(torch, job.dtype), device=job.device, **where)
+        total = len(models.blocks(model)[1])
+        _shorten(model, BLOCKS)
+        held_out = max(1, round(job.held_out_count * samples / job.count))
+        few = replace(job.prune, epochs=epochs, steps=None, early_stopping=None, layer_sparsity={})
+        with cost.measure() as used:
+            _prune(model, job, replace(few, epochs=1), 1, 1)
+            seconds = _prune(model, job, few, samples, held_out)
+    return Look(samples, epochs, seconds, used.rss_bytes, used.gpu_bytes, total)
+
+
+def _prune(model: nn.Module, job: RunConfig, config: PruneConfig, samples: int, held_out: int) -> float:
+    vocabulary = model.get_input_embeddings().num_embeddings
+    generator = torch.Generator().manual_seed(0)
+
+    def ids(count: int) -> torch.Tensor:
+        return torch.randint(vocabulary, (count, job.length), generator=generator)
+
+    result = pruning.prune(model, ids(samples), config, held_out={name: ids(held_out) for name in job.held_out}, progress=False)
+    return result.seconds
+
+
+def _shorten(model: Any, count: int) -> None:
+    """Leave the first blocks only."""
+    name, layers = models.blocks(model)
+    parent, _, attribute = name.rpartition(".")
+    setattr(model.get_submodule(parent), attribute, layers[:count])
+    model.config.get_text_config().num_hidden_layers = min(count, len(layers))
+
+
+def describe(model: nn.Module, job: RunConfig, found: Estimate, *, checkpoint: bool = False, price_per_hour: float | None = None) -> str:
+    """What would be done to `model`, and what it would take; one forward of a few tokens finds its matrices."""
+    _, layers = models.blocks(model)
+    config = job.prune
+    views = pruning.find(Runner(model, layers), torch.zeros(1, 8, dtype=torch.long, device=model.device), config)
+    chosen = [(views.full_name(i, v), v.get().numel()) for i, row in enumerate(views.views) for v in row if v.name in views.chosen]
+    weights, zeros = sum(n for _, n in chosen), sum(n * config.sparsity_of(name) for name, n in chosen)
+    parameters = sum(p.numel() for p in model.parameters())
+    windows = pruning.windows(len(layers), config.window_blocks, config.overlap_blocks)
+    steps = config.steps or config.epochs * math.ceil(job.count / config.batch_size)
+    samples = job.count + job.held_out_count * len(job.held_out)
+    streams = samples * job.length * model.get_input_embeddings().embedding_dim * model.dtype.itemsize
+    kept = parameters * model.dtype.itemsize + weights + 3 * streams  # blocks, masks, streams
+    lines = {
+        "model": f"{job.model}, {len(layers)} blocks, {parameters / 1e6:,.1f}M parameters, {job.dtype} on {model.device}",
+        "mask": f"{config.criterion}, {config.pattern}: {zeros / 1e6:,.1f}M of {weights / 1e6:,.1f}M weights in {len(chosen)} matrices go",
+        "technique": f"{config.technique}: {len(windows)} windows of up to {max(map(len, windows))} blocks"
+        + (f", {steps} optimiser steps each" if config.trains else ", no training"),
+        "calibration": f"{job.count} samples of {job.length} tokens of {job.corpus}" + (f", and {job.extra}" if job.extra else ""),
+        "held-out": f"{job.held_out_count} samples of each of {', '.join(job.held_out)}" if job.held_out else "none",
+        "time": f"about {report.clock(found.seconds)}",
+        "memory": f"about {report.size(found.rss_bytes)} of RAM beside the model",
+        "disk": report.size(parameters * model.dtype.itemsize),
+    }
+    if found.gpu_bytes:
+        lines["memory"] += f", {report.size(found.gpu_bytes)} on the GPU"
+    if checkpoint:
+        lines["disk"] += f", and {report.size(kept)} for the checkpoint while it runs"
+    if price_per_hour is not None:
+        lines["cost"] = f"about {cost.money(found.seconds, price_per_hour):.3g}, at {price_per_hour:g} an hour"
+    lines["looked for"] = f"{found.probe_seconds:.0f} seconds, with {BLOCKS} blocks and few samples"
+    return "\n".join([*(f"{name:<12} {text}" for name, text in lines.items()), *views.notes])
