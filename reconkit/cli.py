@@ -236,32 +236,36 @@ def prune(a: argparse.Namespace) -> None:
         require(not inside, "--checkpoint", a.checkpoint, "a folder outside of --out, which takes the model alone")
     import torch
 
-    from . import models, plan
+    from . import models, parallel, plan, report
 
+    alone = [flag for flag in ("plan", "offload") if getattr(a, flag)]
+    require(not alone or parallel.launched() == 1, "torchrun's --nproc-per-node", parallel.launched(), f"1 with --{'and --'.join(alone)}")
     options = {"dtype": getattr(torch, a.dtype), "device": a.device}
     beside = Path(a.out).absolute().parent if a.out else None  # so that finished blocks need not be copied
     if beside:
         beside.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".reconkit-", dir=beside) if a.offload else nullcontext() as folder:
         found = plan.estimate(job, offload=a.offload) if a.plan else None
-        model, tokenizer = models.load_model(a.model, **options, **({"offload": folder} if folder else {}))
-        if found:
-            return print(plan.describe(model, job, found, checkpoint=a.checkpoint is not None, price_per_hour=a.price_per_hour))
-        _prune(a, job, config, model, tokenizer)
+        with parallel.group(a.device) as first:
+            model, tokenizer = models.open_model(a.model, folder, **options) if folder else models.load_model(a.model, **options)
+            if found:
+                return print(plan.describe(model, job, found, checkpoint=a.checkpoint is not None, price_per_hour=a.price_per_hour))
+            result = _prune(a, job, config, model, tokenizer)
+        if first:  # outside of the group: no rank waits for it
+            models.save_model(model, tokenizer, a.out)
+            print(report.summary(result))
+            print(f"Saved in {a.out}; transformers' from_pretrained loads it.")
 
 
-def _prune(a: argparse.Namespace, job: RunConfig, config: PruneConfig, model: Any, tokenizer: Any) -> None:
-    from . import data, models, pruning, report
+def _prune(a: argparse.Namespace, job: RunConfig, config: PruneConfig, model: Any, tokenizer: Any) -> Any:
+    from . import data, pruning
 
     samples = data.load_samples(a.corpus, tokenizer, count=a.count, length=a.length, seed=a.seed)
     extra = data.load_samples(a.extra, tokenizer, count=None, length=a.length, seed=a.seed) if a.extra else None
     held_out = {
         name: data.load_samples(name, tokenizer, count=job.held_out_count, length=a.length, split="validation", seed=a.seed) for name in a.held_out
     }
-    result = pruning.prune(model, samples, config, extra=extra, held_out=held_out, checkpoint=a.checkpoint)
-    models.save_model(model, tokenizer, a.out)
-    print(report.summary(result))
-    print(f"Saved in {a.out}; transformers' from_pretrained loads it.")
+    return pruning.prune(model, samples, config, extra=extra, held_out=held_out, checkpoint=a.checkpoint)
 
 
 def _check_models(names: Sequence[str]) -> None:

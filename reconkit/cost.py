@@ -119,6 +119,16 @@ def _joules() -> float | None:
         return None
 
 
+def process_peak() -> int:
+    """Peak resident memory of this process since it began, in bytes."""
+    memory = psutil.Process().memory_info()
+    if hasattr(memory, "peak_wset"):  # Windows
+        return memory.peak_wset
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def money(seconds: float, price_per_hour: float) -> float:
     """What `seconds` of a machine cost, in the currency of its price."""
     return seconds / 3600 * price_per_hour

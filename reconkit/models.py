@@ -74,26 +74,20 @@ def resolve_device(device: str = "auto") -> str:
     return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def load_model(
-    name: str, *, dtype: torch.dtype = torch.float32, device: str = "auto", offload: str | Path | None = None
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_model(name: str, *, dtype: torch.dtype = torch.float32, device: str = "auto") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model in eval mode, and its tokenizer.
 
     Args:
         name: "smollm2-135m" (offline), "tiny" (random weights, needs nothing), a folder, a .gguf file or a hub id.
         dtype: how the weights are held, whatever the checkpoint says.
         device: "auto" (cuda, mps, cpu) or one of them.
-        offload: for models larger than memory, a new or empty folder: blocks are read from the model's safetensors when they are
-            called, `prune` writes them there when they are finished, and `save_model` gathers them.
 
     Raises:
-        ConfigError: `offload` for a model that is not in safetensors; no source knows the name, or the hub that would know it cannot be asked.
+        ConfigError: no source knows the name, or the hub that would know it cannot be asked.
         RuntimeError: the file holds weights that are not plain float matrices.
     """
     check_model(name)
     device = resolve_device(device)
-    if offload is not None:
-        return _open(name, dtype, device, Path(offload))
     if name == TINY:
         model, tokenizer = _tiny()
         model = model.to(dtype)
@@ -104,18 +98,29 @@ def load_model(
     return model.to(device).eval(), tokenizer
 
 
-def _open(name: str, dtype: torch.dtype, device: str, blocks_folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model with its blocks on disk."""
+def open_model(
+    name: str, blocks: str | Path, *, dtype: torch.dtype = torch.float32, device: str = "auto"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """As `load_model`, for models larger than memory: the blocks stay on disk and are read when they are called.
+
+    Args:
+        blocks: a new or an empty folder, to which `prune` writes each block when it is finished; `save_model` gathers them.
+
+    Raises:
+        ConfigError: as `load_model`, and for a model that is not in safetensors of its own layout.
+    """
     from transformers import AutoTokenizer
 
-    require(name != TINY and not name.endswith(".gguf"), "offload", str(blocks_folder), f"None for {name}, which is not in safetensors")
-    empty = not blocks_folder.exists() or (blocks_folder.is_dir() and not any(blocks_folder.iterdir()))
-    require(empty, "offload", str(blocks_folder), "a new or an empty folder")
+    check_model(name)
+    there = Path(blocks)
+    require(name != TINY and not name.endswith(".gguf"), "model", name, "in safetensors, for its blocks to be read one at a time")
+    empty = not there.exists() or (there.is_dir() and not any(there.iterdir()))
+    require(empty, "blocks", str(there), "a new or an empty folder")
     folder = Path(_offline_folder() if name == OFFLINE else name)
     if not folder.is_dir():
         folder = Path(_snapshot(name))
     with _no_bars():
-        model = offload.open_model(folder, dtype, device, blocks_folder)
+        model = offload.open_model(folder, dtype, resolve_device(device), there)
     return model, AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 

@@ -29,6 +29,8 @@ class Look:
     seconds: float
     rss_bytes: int
     gpu_bytes: int
+    process_bytes: int
+    "Peak of the whole process, loading included."
     blocks: int
     "Of the whole model."
 
@@ -79,8 +81,8 @@ def estimate(job: RunConfig, *, offload: bool = False) -> Estimate:
 def look(job: RunConfig, offload: bool, samples: int, epochs: int) -> Look:
     """Prune the first blocks with so many samples and epochs; once before it is timed, so that what is made once is there."""
     with tempfile.TemporaryDirectory() as folder:
-        where = {"offload": Path(folder) / "blocks"} if offload else {}
-        model, _ = models.load_model(job.model, dtype=getattr(torch, job.dtype), device=job.device, **where)
+        options = {"dtype": getattr(torch, job.dtype), "device": job.device}
+        model, _ = models.open_model(job.model, Path(folder) / "blocks", **options) if offload else models.load_model(job.model, **options)
         total = len(models.blocks(model)[1])
         _shorten(model, BLOCKS)
         held_out = max(1, round(job.held_out_count * samples / job.count))
@@ -88,7 +90,7 @@ def look(job: RunConfig, offload: bool, samples: int, epochs: int) -> Look:
         with cost.measure() as used:
             _prune(model, job, replace(few, epochs=1), 1, 1)
             seconds = _prune(model, job, few, samples, held_out)
-    return Look(samples, epochs, seconds, used.rss_bytes, used.gpu_bytes, total)
+    return Look(samples, epochs, seconds, used.rss_bytes, used.gpu_bytes, cost.process_peak(), total)
 
 
 def _prune(model: nn.Module, job: RunConfig, config: PruneConfig, samples: int, held_out: int) -> float:

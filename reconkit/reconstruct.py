@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
+from . import parallel
 from .assets import cache_dir
 from .config import ConfigError, PruneConfig
 
@@ -52,7 +53,7 @@ def reconstruct(
     stream: int = 0,
     on_epoch: Callable[[int, int, list[tuple[int, str, float]]], None] | None = None,
 ) -> Trained:
-    """Train `modules` in place.
+    """Train `modules` in place; several ranks, given the same, share each step's batch and take the same step.
 
     Args:
         modules: the blocks of the window, in fp32, on their device.
@@ -79,12 +80,16 @@ def reconstruct(
         p.requires_grad_(True)
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=device.type in ("cuda", "cpu"))
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+    scaler.scale(torch.zeros((), device=device))  # makes its scale now: a rank may have no sample in the first batch
     run = (lambda x: recomputed(forward, x, use_reentrant=False)) if config.recompute else forward
 
     @torch.no_grad()
     def loss_of(inputs: Tensor, targets: Tensor) -> float:
-        losses = [_loss(forward, x, y, device, precision) * len(x) for x, y in zip(inputs.split(batch), targets.split(batch), strict=True)]
-        return float(torch.stack(losses).sum()) / len(inputs)
+        pairs = list(zip(inputs.split(batch), targets.split(batch), strict=True))
+        losses = torch.zeros(len(pairs), device=device)
+        for i in range(parallel.rank(), len(pairs), parallel.count()):
+            losses[i] = _loss(forward, *pairs[i], device, precision) * len(pairs[i][0])
+        return float(parallel.add(losses).sum()) / len(inputs)
 
     result = Trained([(0, name, loss_of(*pair)) for name, pair in {**training, **held_out}.items()])
     _finite(result.losses, where)
@@ -104,14 +109,17 @@ def reconstruct(
             chosen = [owner[i] for i in order[start : start + batch]]
             for group in optimizer.param_groups:
                 group["lr"] = config.learning_rate * (1 - (done - result.skipped) / total)
-            for rows in (chosen[i : i + micro] for i in range(0, len(chosen), micro)):
+            mine = chosen[parallel.share(len(chosen))]
+            for rows in (mine[i : i + micro] for i in range(0, len(mine), micro)):
                 x = torch.stack([training[name][0][i] for name, i in rows])
                 y = torch.stack([training[name][1][i] for name, i in rows])
                 losses = _sample_losses(run, x, y, device, precision)
                 scaler.scale(losses.sum() / len(chosen)).backward()
                 for (name, _), value in zip(rows, losses.detach(), strict=True):
                     sums[name][0] += value
-                    sums[name][1] += 1
+            for name, _ in chosen:
+                sums[name][1] += 1
+            parallel.add_gradients(parameters)
             for p, ones in kept:  # without a gradient AdamW leaves a zero at zero
                 if p.grad is not None:
                     p.grad.mul_(ones)
@@ -124,7 +132,8 @@ def reconstruct(
             result.skipped += int(scaler.get_scale() < before)
             optimizer.zero_grad(set_to_none=True)
             done += 1
-        rows = [(epoch, name, float(total_loss) / n) for name, (total_loss, n) in sums.items() if n]
+        totals = parallel.add(torch.stack([total_loss for total_loss, _ in sums.values()])).tolist()
+        rows = [(epoch, name, total_loss / n) for total_loss, (name, (_, n)) in zip(totals, sums.items(), strict=True) if n]
         rows += [(epoch, name, loss_of(*pair)) for name, pair in held_out.items()]
         _finite(rows, where)
         result.losses += rows

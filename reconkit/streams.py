@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers.cache_utils import Cache
 
-from . import offload
+from . import offload, parallel
 from .models import WeightView
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -159,9 +159,22 @@ class Runner:
         if not len(indices):
             return states
         out = torch.empty_like(states, pin_memory=states.is_pinned())
-        for chosen, batch in batches(states, batch_size, self.device, self.dtype):
-            out[chosen] = self.through(indices, batch, stand_in).to(out.device, out.dtype)
+        self.spread(lambda batch: self.through(indices, batch, stand_in), states, batch_size, out)
         return out
+
+    def spread(self, work: Callable[[Tensor], Tensor], states: Tensor, batch_size: int, out: Tensor | None) -> None:
+        """`work` on each batch (B, T, H) of stored samples (N, T, H); what it returns goes to `out` (N, T, H).
+
+        Whole batches are dealt out to the ranks, so that the bits do not depend on their number; `out` is filled on all of them.
+        """
+        cuts = [slice(start, min(start + batch_size, len(states))) for start in range(0, len(states), batch_size)]
+        for chosen in cuts[parallel.rank() :: parallel.count()]:
+            result = work(states[chosen].to(self.device, self.dtype, non_blocking=True))
+            if out is not None:
+                out[chosen] = result.to(out.device, out.dtype)
+        if out is not None:
+            for number, chosen in enumerate(cuts):
+                parallel.give(out[chosen], number % parallel.count())
 
     @property
     def device(self) -> torch.device:
@@ -200,13 +213,6 @@ class InputTap(TorchFunctionMode):
                 used = args[place] if func is torch.nn.functional.linear else args[place].t()  # (out, in)
                 self.seen(view, args[place - 1], used.stride() == view.stored().stride())
         return func(*args, **(kwargs or {}))
-
-
-def batches(states: Tensor, batch_size: int, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """(slice, samples on the device) over stored samples (N, T, H)."""
-    for start in range(0, len(states), batch_size):
-        chosen = slice(start, min(start + batch_size, len(states)))
-        yield chosen, states[chosen].to(device, dtype, non_blocking=True)
 
 
 def store(sources: dict[str, Tensor], streams: int) -> dict[str, Tensor]:

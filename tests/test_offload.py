@@ -27,7 +27,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def opened(folder: Path, name: str = "blocks") -> Any:
-    return models.load_model(str(folder), device="cpu", offload=folder.parent / name)[0]
+    return models.open_model(str(folder), folder.parent / name, device="cpu")[0]
 
 
 def held(model: torch.nn.Module) -> int:
@@ -128,8 +128,8 @@ def test_shards_are_read_by_their_index(folder: Path, tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_read_by_blocks_is_refused(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="offload is .* it must be None for tiny"):
-        models.load_model("tiny", offload=tmp_path / "x")
+    with pytest.raises(ConfigError, match="model is 'tiny'; it must be in safetensors"):
+        models.open_model("tiny", tmp_path / "x")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
     with pytest.raises(ConfigError, match="new or an empty folder"):
