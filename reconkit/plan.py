@@ -78,13 +78,13 @@ def estimate(job: RunConfig, *, offload: bool = False) -> Estimate:
     return Estimate(whole * seconds, peak("rss_bytes"), peak("gpu_bytes"), time.perf_counter() - started)
 
 
-def look(job: RunConfig, offload: bool, samples: int, epochs: int) -> Look:
+def look(job: RunConfig, offload: bool, samples: int, epochs: int, blocks: int = BLOCKS) -> Look:
     """Prune the first blocks with so many samples and epochs; once before it is timed, so that what is made once is there."""
     with tempfile.TemporaryDirectory() as folder:
         options = {"dtype": getattr(torch, job.dtype), "device": job.device}
         model, _ = models.open_model(job.model, Path(folder) / "blocks", **options) if offload else models.load_model(job.model, **options)
         total = len(models.blocks(model)[1])
-        _shorten(model, BLOCKS)
+        _shorten(model, blocks)
         held_out = max(1, round(job.held_out_count * samples / job.count))
         few = replace(job.prune, epochs=epochs, steps=None, early_stopping=None, layer_sparsity={})
         with cost.measure() as used:
