@@ -239,7 +239,7 @@ def prune(a: argparse.Namespace) -> None:
     from . import models, parallel, plan, report
 
     alone = [flag for flag in ("plan", "offload") if getattr(a, flag)]
-    require(not alone or parallel.launched() == 1, "torchrun's --nproc-per-node", parallel.launched(), f"1 with --{'and --'.join(alone)}")
+    require(not alone or parallel.launched() == 1, "torchrun's --nproc-per-node", parallel.launched(), f"1 with --{' and --'.join(alone)}")
     options = {"dtype": getattr(torch, a.dtype), "device": a.device}
     beside = Path(a.out).absolute().parent if a.out else None  # so that finished blocks need not be copied
     if beside:

@@ -78,10 +78,17 @@ def compressed(model: PreTrainedModel) -> PreTrainedModel | None:
     other, done = copy.deepcopy(model), False
     for index, name in names:
         linear = blocks(other)[1][index].get_submodule(name)
-        with contextlib.suppress(RuntimeError, NotImplementedError):  # another dtype, shape or GPU than its kernels are for
-            linear.weight = torch.nn.Parameter(to_sparse_semi_structured(linear.weight.detach()), requires_grad=False)
-            done = True
+        if (weight := _semi_structured(linear.weight.detach())) is not None:
+            linear.weight, done = torch.nn.Parameter(weight, requires_grad=False), True
     return other if done else None
+
+
+def _semi_structured(weight: Tensor) -> Tensor | None:
+    """A 2:4 matrix in torch's format; None where its kernels are for another GPU, dtype, shape or pattern."""
+    if weight.is_cuda and is_two_four(weight):
+        with contextlib.suppress(RuntimeError, NotImplementedError):
+            return to_sparse_semi_structured(weight)
+    return None
 
 
 def is_two_four(weight: Tensor) -> bool:
@@ -105,9 +112,8 @@ def products(weights: Mapping[str, Tensor], *, tokens: Sequence[int] = (1, 128),
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Sparse CSR tensor support", category=UserWarning)
             formats = {"dense": weight, "CSR": weight.to_sparse_csr()}
-        if weight.is_cuda and is_two_four(weight):
-            with contextlib.suppress(RuntimeError, NotImplementedError):
-                formats["2:4"] = to_sparse_semi_structured(weight)
+        if (compact := _semi_structured(weight)) is not None:
+            formats["2:4"] = compact
         for count in tokens:
             x = torch.ones(weight.shape[1], count, dtype=weight.dtype, device=weight.device)
             turns = [{kind: _timed(lambda held=held, x=x: held @ x, x.device) for kind, held in formats.items()} for _ in range(repeats + 3)]

@@ -37,7 +37,7 @@ class Offload:
         device: where blocks are computed.
     """
 
-    def __init__(self, model: PreTrainedModel, prefix: str, layers: nn.ModuleList, files: Mapping[str, Path], folder: Path, device: str) -> None:
+    def __init__(self, prefix: str, layers: nn.ModuleList, files: Mapping[str, Path], folder: Path, device: str) -> None:
         self.layers, self.prefix, self.files, self.folder, self.device = layers, prefix, files, folder, torch.device(device)
         self.held: set[int] = set()
         self.asleep = False
@@ -157,8 +157,8 @@ def open_model(folder: Path, dtype: torch.dtype, device: str, blocks_folder: Pat
     model.tie_weights()
     parameters = dict(model.named_parameters())
     files = _files(folder, list(parameters))
-    model._reconkit_offload = Offload(model, prefix, layers, files, blocks_folder, device)
-    read_into({n: p for n, p in parameters.items() if not n.startswith(f"{prefix}.")}, files, torch.device(device))
+    offload = model._reconkit_offload = Offload(prefix, layers, files, blocks_folder, device)
+    read_into({n: p for n, p in parameters.items() if offload.index(n) is None}, files, offload.device)
     for module in model.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None:
@@ -203,16 +203,13 @@ def save(model: PreTrainedModel, folder: Path) -> None:
         weight_map.update(dict.fromkeys(weights, name))
         total += sum(w.numel() * w.element_size() for w in weights.values())
 
-    inside = {name for i in range(len(offload.layers)) for name in offload._named(i)}
-    put(1, {n: p.detach().cpu().contiguous() for n, p in model.named_parameters() if n not in inside})
+    put(1, {n: p.detach().cpu().contiguous() for n, p in model.named_parameters() if offload.index(n) is None})
     for i in range(len(offload.layers)):
-        finished = i in offload.finished
-        if not finished:
-            offload._enter(i)
-        weights = {n: p.detach() if finished else p.detach().cpu().contiguous() for n, p in offload._named(i).items()}
-        put(i + 2, weights, offload.shard(i) if finished else None)
-        if not finished:
-            offload._leave(i)
+        if i in offload.finished:
+            put(i + 2, offload._named(i), offload.shard(i))
+            continue
+        with holding(model, i):
+            put(i + 2, {n: p.detach().cpu().contiguous() for n, p in offload._named(i).items()})
     (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=1), encoding="utf-8")
     model.config.save_pretrained(folder)
     if model.can_generate():
