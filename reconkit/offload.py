@@ -5,10 +5,12 @@ Released parameters keep their identity, shape, dtype and device, as one number 
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,6 +45,8 @@ class Offload:
         self.asleep = False
         "Blocks are called without being computed."
         self.finished: set[int] = set()
+        self.rest: dict[str, nn.Parameter] = {}
+        "What is outside the blocks."
         for index, block in enumerate(layers):
             self._drop(index)
             block.register_forward_pre_hook(lambda _, __, i=index: self._enter(i))
@@ -66,6 +70,19 @@ class Offload:
         save_file({name: p.detach().cpu().contiguous() for name, p in self._named(index).items()}, str(self.shard(index)), metadata={"format": "pt"})
         self.finished.add(index)
         self.release(index)
+        _trim()
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Without embeddings, norm and head in memory, which the walk needs no more once the streams have begun."""
+        for p in self.rest.values():
+            self._empty(p)
+        _trim()
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                read_into(self.rest, self.files, self.device)
 
     def shard(self, index: int) -> Path:
         return self.folder / f"block-{index:05}.safetensors"
@@ -98,7 +115,17 @@ class Offload:
     @torch.no_grad()
     def _drop(self, index: int) -> None:
         for p in self.layers[index].parameters():
-            p.data = torch.zeros((), dtype=p.dtype, device=self.device).expand(p.shape)
+            self._empty(p)
+
+    @torch.no_grad()
+    def _empty(self, p: nn.Parameter) -> None:
+        p.data = torch.zeros((), dtype=p.dtype, device=self.device).expand(p.shape)
+
+
+def _trim() -> None:
+    """Give freed memory back to the system: glibc keeps what lies between pieces still in use, and a block leaves many such pieces."""
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
+        trim(0)
 
 
 def read_into(parameters: Mapping[str, nn.Parameter], files: Mapping[str, Path], device: torch.device) -> None:
@@ -158,7 +185,8 @@ def open_model(folder: Path, dtype: torch.dtype, device: str, blocks_folder: Pat
     parameters = dict(model.named_parameters())
     files = _files(folder, list(parameters))
     offload = model._reconkit_offload = Offload(prefix, layers, files, blocks_folder, device)
-    read_into({n: p for n, p in parameters.items() if offload.index(n) is None}, files, offload.device)
+    offload.rest = {n: p for n, p in parameters.items() if offload.index(n) is None}
+    read_into(offload.rest, files, offload.device)
     for module in model.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None:

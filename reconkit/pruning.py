@@ -14,6 +14,7 @@ import fnmatch
 import math
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -29,8 +30,9 @@ from .config import ConfigError, PruneConfig, nm_pattern
 from .models import WeightView, blocks, weight_views
 from .progress import Progress
 from .reconstruct import reconstruct, resolve_precision
-from .streams import InputTap, Runner, error, store
+from .streams import InputTap, Runner, error, room, store
 
+STREAMS = 4  # of the samples' size at once, at most: dense, sparse, target, and what is advanced
 FEW_TOKENS = 2  # an expert needs this many tokens per input column, else its mask is by magnitude
 
 
@@ -169,7 +171,11 @@ def _walk(
     starts = [window.start for window in plan[1:]] + [len(layers)]
     ahead: dict[str, Tensor] = {}
     shown = Progress if parallel.main() else _Silent
-    with shown(f"{config.technique} {config.criterion}", len(plan) * (epochs + 1), show=progress and parallel.main()) as bar:
+    steps = len(plan) * (epochs + 1)
+    with (
+        runner.offload.alone() if runner.offload else nullcontext(),
+        shown(f"{config.technique} {config.criterion}", steps, show=progress and parallel.main()) as bar,
+    ):
         bar.step(done * (epochs + 1))
         for number, window in enumerate(plan[done:], done):
             try:
@@ -185,14 +191,31 @@ def _walk(
                 if saved and parallel.main():
                     print(f"\nStopped before window {number + 1} of {len(plan)}; the same call with checkpoint={str(folder)!r} continues there.")
                 raise
-            except torch.OutOfMemoryError as error:
-                at_once = min(config.micro_batch or config.batch_size, math.ceil(config.batch_size / parallel.count()))
-                raise RuntimeError(
-                    f"Out of GPU memory in blocks {_label(window)}; set micro_batch={max(1, at_once // 2)} or recompute=True."
-                ) from error
+            except (MemoryError, RuntimeError) as error:
+                if not _is_out_of_memory(error):
+                    raise
+                raise RuntimeError(f"Out of memory in blocks {_label(window)}; {_less_memory(runner, config, window)}.") from error
         _advance(runner, walk, len(layers), config, found, ahead)
         _say(live, walk, bar)
     return walk, found
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+
+
+def _less_memory(runner: Runner, config: PruneConfig, window: range) -> str:
+    """What to set, and to what, in the order of what it costs."""
+    at_once = min(config.micro_batch or config.batch_size, math.ceil(config.batch_size / parallel.count()))
+    if config.trains and at_once > 1:
+        return f"set micro_batch={at_once // 2}, which is now {at_once}"
+    if config.trains and not config.recompute:
+        return "set recompute=True"
+    if not runner.offload:
+        return "let blocks stay on disk: rk.models.open_model(folder, blocks_folder), or --offload"
+    if not config.trains and config.batch_size > 1:
+        return f"set batch_size={config.batch_size // 2}, which is now {config.batch_size}"
+    return f"train one block at a time with a technique without CR, instead of {len(window)}" if len(window) > 1 else "take fewer or shorter samples"
 
 
 class _Silent(Progress):
@@ -230,7 +253,7 @@ def _begin(runner: Runner, sources: dict[str, Tensor], config: PruneConfig, note
     for source, states in embedded.items():
         if not torch.isfinite(states).all():
             raise FloatingPointError(f"There is NaN or infinity in the embeddings of {source}.")
-    embedded = store(embedded, 4)  # two streams, the target and what is advanced
+    embedded = store(embedded, STREAMS, runner.device)
     return Walk(position=0, sparse=embedded, dense={0: embedded}, notes=list(notes))
 
 
@@ -254,6 +277,10 @@ def _resume(
         streams = {"sparse": sparse, "dense": {i: dense[i] for i in range(position, pruned + 1)}}
     else:
         masks = saved.blocks(record, runner.blocks, runner.offload)
+        streams = {
+            "sparse": store(streams["sparse"], STREAMS, runner.device),
+            "dense": {i: store(x, STREAMS, runner.device) for i, x in streams["dense"].items()},
+        }
     return Walk(**{**record["walk"], **streams, "masks": masks})
 
 
@@ -278,12 +305,12 @@ def _advance(runner: Runner, walk: Walk, position: int, config: PruneConfig, fou
         i = walk.position
         for source, states in walk.sparse.items():
             known = ahead.pop(source, None)
-            walk.sparse = {**walk.sparse, source: runner.advance([i], states, config.batch_size) if known is None else known}
+            walk.sparse = {**walk.sparse, source: runner.advance([i], states, config.batch_size, in_place=True) if known is None else known}
             mse, nmse = error(walk.dense[i + 1][source], walk.sparse[source])
             if not math.isfinite(mse):
                 raise FloatingPointError(f"The error of block {i} on {source} is {mse}; load the model in float32, or look at the samples.")
             walk.errors.append((i, source, mse, nmse))
-        del walk.dense[i]
+        walk.dense.pop(i, None)
         for view in found.views[i]:
             walk.masks.pop(f"{i}.{view.name}", None)
         walk.seen += sum(int((v.get() == 0).sum()) for v in found.views[i])
@@ -320,7 +347,9 @@ def _window(
         _hold(runner, i)
     new = [i for i in window if i >= walk.pruned]
     for i in new:  # still dense: the dense stream passes through them now
-        walk.dense[i + 1] = {s: runner.advance([i], x, config.batch_size) for s, x in walk.dense[i].items()}
+        last = i == walk.position and "dense" not in (config.statistics_input, config.reconstruction_input)  # use of what enters block i
+        before = walk.dense.pop(i) if last else walk.dense[i]
+        walk.dense[i + 1] = {s: runner.advance([i], x, config.batch_size, in_place=last and x is not walk.sparse[s]) for s, x in before.items()}
     targets, passed = _targets(runner, walk, window, new, config, dense_copies)
     for i in new:
         if _copies_needed(config):
@@ -338,10 +367,10 @@ def _targets(
     if not config.trains or config.target_stream == "dense":
         return walk.dense[window.stop], None
     same = new == [*window] == [window.start] and config.statistics_input == "sparse" and config.criterion != "magnitude"
-    room = _empty(walk.sparse["calibration"]) if same else None
+    passed = room(walk.sparse["calibration"]) if same else None
     rest = {s: x for s, x in walk.sparse.items() if not same or s != "calibration"}
     targets = {s: runner.advance(window, x, config.batch_size, dense_copies) for s, x in rest.items()}
-    return targets if room is None else {"calibration": room, **targets}, room
+    return targets if passed is None else {"calibration": passed, **targets}, passed
 
 
 def _train(
@@ -397,7 +426,7 @@ class _Ear:
 
     def __init__(self, runner: Runner, window: range, sources: Mapping[str, Tensor], batch_size: int) -> None:
         self.runner, self.window, self.open = runner, window, False
-        self.states = {s: _empty(x) for s, x in sources.items()}
+        self.states = {s: room(x) for s, x in sources.items()}
         self.places = (place for x in self.states.values() for place in x.split(batch_size))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -406,11 +435,6 @@ class _Ear:
         if self.states and self.open and not torch.is_grad_enabled():
             next(self.places).copy_(x)
         return self.runner.through(self.window[1:], x)
-
-
-def _empty(states: Tensor) -> Tensor:
-    """Room for stored states like these, in the same place."""
-    return torch.empty_like(states, pin_memory=states.is_pinned())
 
 
 @torch.no_grad()

@@ -111,8 +111,9 @@ def reconstruct(
                 group["lr"] = config.learning_rate * (1 - (done - result.skipped) / total)
             mine = chosen[parallel.share(len(chosen))]
             for rows in (mine[i : i + micro] for i in range(0, len(mine), micro)):
-                x = torch.stack([training[name][0][i] for name, i in rows])
-                y = torch.stack([training[name][1][i] for name, i in rows])
+                # one by one, because only what lies in pinned memory is copied while the GPU works
+                x = torch.stack([training[name][0][i].to(device, non_blocking=True) for name, i in rows])
+                y = torch.stack([training[name][1][i].to(device, non_blocking=True) for name, i in rows])
                 losses = _sample_losses(run, x, y, device, precision)
                 scaler.scale(losses.sum() / len(chosen)).backward()
                 for (name, _), value in zip(rows, losses.detach(), strict=True):
@@ -208,8 +209,7 @@ def resolve_precision(precision: str, device: str) -> str:
 @lru_cache
 def _bf16_pays() -> bool:
     """Whether bf16 products are clearly faster on this CPU; measured once for processor, torch and threads, then remembered."""
-    file = cache_dir() / "precision.json"
-    key = f"{platform.processor() or platform.machine()} {_cpu_name()} torch {torch.__version__} threads {torch.get_num_threads()}"
+    file, key = cache_dir() / "precision.json", _cpu()
     try:
         known = json.loads(file.read_text())
     except (OSError, ValueError):
@@ -220,6 +220,11 @@ def _bf16_pays() -> bool:
         partial.write_text(json.dumps(known, indent=1))
         partial.replace(file)
     return known[key] > FASTER
+
+
+def _cpu() -> str:
+    """What the answer depends on."""
+    return f"{platform.processor() or platform.machine()} {_cpu_name()} torch {torch.__version__} threads {torch.get_num_threads()}"
 
 
 def _seconds(dtype: torch.dtype, size: int = 1024) -> float:

@@ -6,16 +6,22 @@ a held-out name). Each source flows twice: dense through the original blocks, sp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
+import psutil
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers.cache_utils import Cache
 
 from . import offload, parallel
+from .assets import cache_dir
 from .models import WeightView
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -154,11 +160,13 @@ class Runner:
         return hidden
 
     @torch.no_grad()
-    def advance(self, indices: Sequence[int], states: Tensor, batch_size: int, stand_in: dict[int, nn.Module] | None = None) -> Tensor:
-        """All stored samples (N, T, H) through the blocks `indices`, batch by batch; stored where and as they were."""
+    def advance(
+        self, indices: Sequence[int], states: Tensor, batch_size: int, stand_in: dict[int, nn.Module] | None = None, *, in_place: bool = False
+    ) -> Tensor:
+        """All stored samples (N, T, H) through the blocks `indices`, batch by batch; stored where and as they were, or `in_place` of them."""
         if not len(indices):
             return states
-        out = torch.empty_like(states, pin_memory=states.is_pinned())
+        out = states if in_place else room(states)
         self.spread(lambda batch: self.through(indices, batch, stand_in), states, batch_size, out)
         return out
 
@@ -215,15 +223,39 @@ class InputTap(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def store(sources: dict[str, Tensor], streams: int) -> dict[str, Tensor]:
-    """The states of all sources where they will live, all in one place: on the GPU if `streams` times their size takes at most
-    half of what is free there, else in pinned RAM."""
-    device = next(iter(sources.values())).device
-    if device.type != "cuda":
-        return sources
-    free, _ = torch.cuda.mem_get_info(device)
-    fits = streams * sum(states.nbytes for states in sources.values()) <= free // 2
-    return sources if fits else {name: states.cpu().pin_memory() for name, states in sources.items()}
+def store(sources: Mapping[str, Tensor], streams: int, device: torch.device) -> dict[str, Tensor]:
+    """The states of all sources where they will live, all in one place: the first of the GPU `device`, RAM (pinned where there is a GPU)
+    and disk of which `streams` times their size takes at most half of what is free."""
+    size = streams * sum(states.nbytes for states in sources.values())
+    gpu = device.type == "cuda"
+    if gpu and size <= torch.cuda.mem_get_info(device)[0] // 2:
+        return {name: states.to(device) for name, states in sources.items()}
+    if size > psutil.virtual_memory().available // 2:
+        return {name: _on_disk(states).copy_(states) for name, states in sources.items()}
+    return {name: states.cpu().pin_memory() for name, states in sources.items()} if gpu else dict(sources)
+
+
+def room(states: Tensor) -> Tensor:
+    """Room for states like these, in the same place."""
+    return _on_disk(states) if getattr(states, "on_disk", False) else torch.empty_like(states, pin_memory=states.is_pinned())
+
+
+def _on_disk(states: Tensor) -> Tensor:
+    """Room for such states in a file without a name, which is gone with the tensor; the system keeps of it in RAM what there is room for.
+
+    Raises:
+        OSError: the disk of the cache has not so much room.
+    """
+    free = shutil.disk_usage(folder := cache_dir()).free
+    if states.nbytes > free:
+        raise OSError(28, f"{states.nbytes / 1e9:.1f} GB of hidden states fit neither in memory nor on disk ({free / 1e9:.1f} GB free)", str(folder))
+    with tempfile.TemporaryFile(dir=folder) as file:
+        if hasattr(os, "posix_fallocate"):  # a page that finds no room when it is written would end the process
+            os.posix_fallocate(file.fileno(), 0, states.nbytes)
+        mapped = np.memmap(file, np.uint8, "r+", shape=(states.nbytes,))
+    found = torch.from_numpy(mapped).view(states.dtype).view(states.shape)
+    found.on_disk = True
+    return found
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -33,9 +34,13 @@ def users_cache() -> Path:
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Path:
-    """An empty cache folder, named by RECONKIT_CACHE; with the marker `assets` it shares the user's downloads."""
+    """A cache folder without assets and runs, named by RECONKIT_CACHE; with the marker `assets` it shares the user's downloads."""
     folder = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("RECONKIT_CACHE", str(folder))
+    from reconkit import reconstruct
+
+    # Tests that compare bits train in fp32 whatever the CPU, unless they name a precision.
+    (folder / "precision.json").write_text(json.dumps({reconstruct._cpu(): 1.0}))
     if request.node.get_closest_marker("assets"):
         for name in SHARED:
             (users_cache() / name).mkdir(parents=True, exist_ok=True)

@@ -22,7 +22,7 @@ def prune(folder: Path | None, technique: str = "BR+GP", **values: Any) -> tuple
     return model.state_dict(), result
 
 
-def killed_after(count: int, folder: Path, monkeypatch: pytest.MonkeyPatch, technique: str, error: type[BaseException] = MemoryError) -> None:
+def killed_after(count: int, folder: Path, monkeypatch: pytest.MonkeyPatch, technique: str, error: type[BaseException] = ArithmeticError) -> None:
     """A walk that dies right after its `count`-th window was saved."""
     real, saved = checkpoint.Checkpoint.save, []
 

@@ -468,3 +468,26 @@ def test_gpu_and_cpu_agree() -> None:
     b = prune(model, samples(), quick(technique="LR", criterion="wanda"), held_out={"other": samples(4, seed=1)}, progress=False)
     assert b.errors.nmse.tolist() == pytest.approx(a.errors.nmse.tolist(), rel=1e-3)
     assert b.peak_memory["gpu"] > 0
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"technique": "BR+GP", "batch_size": 8}, "set micro_batch=4, which is now 8"),
+        ({"technique": "BR+GP", "batch_size": 8, "micro_batch": 2}, "set micro_batch=1, which is now 2"),
+        ({"technique": "BR+GP+CR", "batch_size": 1}, "set recompute=True"),
+        ({"technique": "BR+GP", "batch_size": 1, "recompute": True}, "let blocks stay on disk"),
+        ({"technique": "LR"}, "let blocks stay on disk"),
+    ],
+    ids=lambda v: str(v),
+)
+def test_out_of_memory_names_the_setting_and_its_value(values: dict[str, Any], said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
+
+    monkeypatch.setattr(pruning, "_prune_block", full)
+    with pytest.raises(RuntimeError, match=f"Out of memory in blocks 0; {said}"):
+        pruned(**values)
+    monkeypatch.setattr(pruning, "_prune_block", lambda *_: [][0])
+    with pytest.raises(IndexError):
+        pruned(**values)

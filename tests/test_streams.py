@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import families
 import pytest
 import reference
 import torch
 
 from reconkit import models, pruning, streams
+from reconkit.config import PruneConfig
 
 
 def final_states(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
@@ -81,6 +85,31 @@ def test_error_equals_its_twin_and_does_not_depend_on_the_batch() -> None:
 def test_streams_that_do_not_fit_live_in_pinned_ram_all_of_them() -> None:
     sources = {"calibration": torch.ones(4, 8, 16, device="cuda"), "extra": torch.ones(1, 8, 16, device="cuda")}
     free, _ = torch.cuda.mem_get_info()
-    away = streams.store(sources, free)
+    away = streams.store(sources, free, torch.device("cuda"))
     assert all(x.is_pinned() and torch.equal(x, sources[name].cpu()) for name, x in away.items())
-    assert streams.store(sources, 2) is sources
+    assert all(x is sources[name] for name, x in streams.store(sources, 2, torch.device("cuda")).items())
+
+
+def test_streams_that_do_not_fit_in_memory_live_on_disk(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    """The same bits, from files that leave nothing behind; and a sentence where the disk is full, too."""
+    config, ids, other = PruneConfig(technique="BR+GP+CR", epochs=1, batch_size=4), families.tokens(6, 16), families.tokens(3, 16, 1)
+    whole, away = families.build("llama"), families.build("llama")
+    expected = pruning.prune(whole, ids, config, held_out={"other": other}, progress=False)
+    assert not hasattr(streams.room(torch.ones(2)), "on_disk")
+    monkeypatch.setattr(streams.psutil, "virtual_memory", lambda: SimpleNamespace(available=0))
+    kept = streams.store({"calibration": torch.arange(6.0).view(1, 2, 3).bfloat16()}, 4, torch.device("cpu"))["calibration"]
+    assert kept.on_disk and streams.room(kept).on_disk and kept.dtype == torch.bfloat16 and kept.flatten().tolist() == [0, 1, 2, 3, 4, 5]
+    found = pruning.prune(away, ids, config, held_out={"other": other}, progress=False)
+    assert found.errors.equals(expected.errors) and models.weights_sum(away) == models.weights_sum(whole)
+    assert [file.name for file in cache.iterdir() if file.is_file()] == ["precision.json"]
+    monkeypatch.setattr(streams.shutil, "disk_usage", lambda _: SimpleNamespace(free=100))
+    with pytest.raises(OSError, match="fit neither in memory nor on disk"):
+        pruning.prune(away, ids, config, progress=False)
+
+
+def test_a_stream_that_goes_on_in_place_is_the_same() -> None:
+    model, ids = families.build("llama"), families.tokens(5, 16)
+    runner = streams.Runner(model, models.blocks(model)[1])
+    states = runner.embed(ids, 2)
+    expected = runner.advance([0, 1], states, 2)
+    assert runner.advance([0, 1], states, 2, in_place=True) is states and torch.equal(states, expected)
