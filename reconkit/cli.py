@@ -1,6 +1,6 @@
 """Words on the command line, one call each.
 
-Exit status: 0 done; 1 the work failed; 2 what can be known before work starts was wrong; 130 interrupted.
+Exit status: 0 done; 1 the work failed or an alert of severity error fired; 2 what can be known before work starts was wrong; 130 interrupted.
 Heavy libraries are imported by the words that need them, so that `reconkit --help` answers at once.
 """
 
@@ -208,19 +208,28 @@ def _suite_words(word: argparse.ArgumentParser) -> None:
 def _runs_words(word: argparse.ArgumentParser) -> None:
     words = word.add_subparsers(metavar="WORD", required=True)
     run = "a run's id, the beginning of it, or its tag"
-    _word(words, "list", runs_list, "list the recorded runs, newest first")
+    shown = _word(words, "list", runs_list, "list the versions of the history, newest first")
+    shown.add_argument("--last", type=int, metavar="N", help="only so many")
     _word(words, "show", runs_show, "show a run: configuration, measurements, notes").add_argument("run", metavar="RUN", help=run)
     compare = _word(words, "compare", runs_compare, "show the measurements of two runs side by side")
     compare.add_argument("first", metavar="A", help=run)
     compare.add_argument("second", metavar="B", help=run)
-    best = _word(words, "best", runs_best, "rank the runs by a measurement, best first")
-    best.add_argument("--metric", required=True, help="such as perplexity/wiki")
-    best.add_argument("--limit", type=int, default=5, help="runs shown; default: %(default)s")
+    best = _word(words, "best", runs_best, "show which versions no other one beats in quality and cost, with how they were pruned")
+    best.add_argument("--metric", required=True, help="the quality, such as perplexity/wiki")
+    best.add_argument("--cost", default="seconds/prune", metavar="METRIC", help="the cost, of which less is better; default: %(default)s")
+    best.add_argument("--limit", type=int, default=20, help="versions shown; default: %(default)s")
     tag = _word(words, "tag", runs_tag, "give a run a name")
     tag.add_argument("run", metavar="RUN", help=run)
     tag.add_argument("tag", metavar="TAG")
-    export = _word(words, "export", runs_export, "write the whole history as CSV")
-    export.add_argument("--out", metavar="FILE.csv", help="default: standard output")
+    check = _word(words, "check", runs_check, "hold a version against the rules; exit status 1 when an error fires")
+    check.add_argument("run", nargs="?", metavar="RUN", help=f"{run}; default: the newest")
+    check.add_argument("--all", action="store_true", help="every version, in order")
+    check.add_argument("--rules", default="papermill_runs/alerts.toml", metavar="FILE.toml", help="default: %(default)s")
+    check.add_argument("--github", action="store_true", help="print the alerts as annotations, too; always where GITHUB_ACTIONS is true")
+    check.add_argument("--send", metavar="COMMAND", help="give each new alert to this command, as a line of JSON on its standard input")
+    export = _word(words, "export", runs_export, "write every measurement of every version as CSV or Parquet")
+    export.add_argument("--out", metavar="FILE.csv", help="a .csv or .parquet file; default: standard output, as CSV")
+    export.add_argument("--salvage", action="store_true", help="of a damaged history: the rows that can still be read")
 
 
 def prune(a: argparse.Namespace) -> None:
@@ -413,14 +422,17 @@ def suite_new(a: argparse.Namespace) -> None:
 def runs_list(a: argparse.Namespace) -> None:
     from . import report, runs
 
+    require(a.last is None or a.last >= 1, "--last", a.last, "a whole number of at least 1")
     history = runs.history()
-    print(report.EMPTY if history.empty else report.text_table(report.arrange(history)))
+    print(report.EMPTY if history.empty else report.text_table(report.arrange(history.tail(a.last or len(history)))))
 
 
 def runs_show(a: argparse.Namespace) -> None:
     from . import report, runs
 
-    print(report.describe(runs.find(a.run)))
+    id = runs.version_of(a.run)
+    known = {run.id: run for run in runs.records()}
+    print(report.describe(known[id]) if id in known else report.remembered(runs.history(), id))
 
 
 def runs_compare(a: argparse.Namespace) -> None:
@@ -433,7 +445,7 @@ def runs_best(a: argparse.Namespace) -> None:
     from . import report, runs
 
     history = runs.history()
-    print(report.EMPTY if history.empty else report.text_table(report.best(history, a.metric, a.limit)))
+    print(report.EMPTY if history.empty else report.best(history, a.metric, a.cost, a.limit))
 
 
 def runs_tag(a: argparse.Namespace) -> None:
@@ -442,10 +454,44 @@ def runs_tag(a: argparse.Namespace) -> None:
     runs.tag(a.run, a.tag)
 
 
-def runs_export(a: argparse.Namespace) -> None:
-    from . import runs
+def runs_check(a: argparse.Namespace) -> int:
+    from . import alerts, report, runs
 
-    runs.history().to_csv(a.out or sys.stdout, index=False)
+    require(not (a.all and a.run), "--all", a.run, "given without a RUN")
+    command = None if a.send is None else alerts.command(a.send)
+    with runs.open_history() as store:
+        history = store.versions(), store.measurements()
+        rules = alerts.load_rules(a.rules, history[1])
+        if history[0].empty:
+            print(report.EMPTY)
+            return 0
+        asked = [int(number) for number in history[0].number] if a.all else [a.run]
+        reports = [alerts.check(history, version, rules) for version in asked]
+        new = [alert for found in reports for alert in alerts.keep(store, found)]
+    print("\n\n".join(map(alerts.describe, reports)))
+    if a.github or os.environ.get("GITHUB_ACTIONS") == "true":
+        print("\n".join(filter(None, map(alerts.annotations, reports))))
+    if command and new:
+        alerts.send(command, new)
+    return int(any(found.failed for found in reports))
+
+
+def runs_export(a: argparse.Namespace) -> None:
+    from . import history, runs
+
+    kind = Path(a.out).suffix if a.out else ".csv"
+    require(kind in (".csv", ".parquet"), "--out", a.out, "a .csv or a .parquet file")
+    if a.out:
+        _check_writable(Path(a.out).parent)
+    if a.salvage:
+        table = history.salvaged(history.path())
+    else:
+        with runs.open_history() as store:
+            table = history.joined(store)
+    if kind == ".parquet":
+        table.to_parquet(a.out, index=False)
+    else:
+        table.to_csv(a.out or sys.stdout, index=False)
 
 
 def report(a: argparse.Namespace) -> None:

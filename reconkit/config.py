@@ -298,6 +298,8 @@ class RunConfig:
     "auto, cuda, mps or cpu."
     dtype: str = "float32"
     "float32, bfloat16 or float16: how the model is held."
+    parent: str | None = None
+    "Tag or id of the version that this one follows, with which it is compared; not part of the fingerprint."
     price_per_hour: float | None = None
     "Price of the machine in any currency, for what a version costs to make and a million tokens to serve; not part of the fingerprint."
 

@@ -56,6 +56,11 @@ BATCH = 64  # documents that are tokenised at once
 SHUFFLED, LOOKED = 10_000, 100_000  # documents of a stream: shuffled together, looked at before giving up
 
 
+def short_name(corpus: str) -> str:
+    """A corpus in the name of a measurement: a file without its folder."""
+    return Path(corpus).name if Path(corpus).suffix in FILES else corpus
+
+
 def check_corpus(name: str) -> None:
     """Refuse a corpus that no source knows, without reading it.
 

@@ -63,6 +63,7 @@ class Offload:
         if index in self.held:
             self.held.discard(index)
             self._drop(index)
+            _trim()
 
     def finish(self, index: int) -> None:
         """Write a held block back, and release it; from now on this is what is read."""
@@ -70,7 +71,6 @@ class Offload:
         save_file({name: p.detach().cpu().contiguous() for name, p in self._named(index).items()}, str(self.shard(index)), metadata={"format": "pt"})
         self.finished.add(index)
         self.release(index)
-        _trim()
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -107,6 +107,7 @@ class Offload:
     def _leave(self, index: int) -> None:
         if index not in self.held and not self.asleep:
             self._drop(index)
+            _trim()
 
     @torch.no_grad()
     def _read(self, index: int) -> None:

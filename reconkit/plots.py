@@ -284,6 +284,45 @@ def error_and_perplexity(history: pd.DataFrame, error: str, perplexity: str, *, 
     return ax
 
 
+def pareto(data: pd.DataFrame, cost: str, quality: str, *, name: str = "name", best: str = "best") -> Axes:
+    """Versions at their cost and their quality; those that no other one beats are named and joined, the others are pale.
+
+    Args:
+        data: a row a version, with its `name`, and `best`: whether none beats it (`versions.front`).
+    """
+    ax = _panels(1, width=1.5 * WIDTH)[0]
+    rest, front = data[~data[best]], data[data[best]].sort_values(cost)
+    ax.plot(rest[cost], rest[quality], linestyle="none", marker="o", color=COLOURS[6], alpha=0.5, label="beaten by another")
+    ax.plot(front[cost], front[quality], drawstyle="steps-post", marker="o", color=COLOURS[0], label="beaten by none")
+    _axes(ax, cost, quality, False)
+    ax.margins(x=0.15)
+    _label_ends(ax, [(row[cost], row[quality], str(row[name]), INK) for _, row in front.iterrows()])
+    ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
+    return ax
+
+
+def roofline(data: pd.DataFrame, limit: float, band: float) -> Axes:
+    """Steps at their operations a byte and their speed, under the roof of the machine (Williams, Waterman and Patterson, 2009).
+
+    Args:
+        data: columns step, operations a byte, TFLOP/s.
+        limit: TFLOP/s of a large product of matrices.
+        band: gigabytes a second of a large copy.
+    """
+    ax = _panels(1, width=1.5 * WIDTH)[0]
+    least, most = data["operations a byte"].min() / 4, data["operations a byte"].max() * 4
+    x = np.geomspace(least, most, 200)
+    ax.plot(x, np.minimum(limit, x * band / 1e3), color=INK, linewidth=1.2)
+    ends = []
+    for look, row in zip(looks("step", list(data.step)).values(), data.itertuples(index=False), strict=True):
+        ax.plot(row[1], row[2], linestyle="none", color=look["color"], marker=look["marker"])
+        ends.append((row[1], row[2], row[0], look["color"]))
+    ax.set_xscale("log")
+    _axes(ax, "operations a byte", "TFLOP/s", True)
+    _label_ends(ax, ends)
+    return ax
+
+
 def scores(data: pd.DataFrame) -> Axes:
     """Accuracy by task with its 95 % interval, beside what guessing would give (a hollow diamond).
 

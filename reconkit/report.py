@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from . import data, progress, runs, testsets
+from . import data, progress, runs, testsets, versions
 from .assets import cache_dir
 from .config import Z95, one_of, require, to_dict
 from .overfit import verdict
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 EMPTY = "No run is recorded yet; `reconkit suite run papermill_runs/smoke.toml` makes some in minutes."
-FIRST = ("id", "created", "tag", "model", "corpus", "criterion", "technique", "pattern", "sparsity", "verdict")
+FIRST = ("id", "created", "tag", "parent", "model", "corpus", "criterion", "technique", "pattern", "sparsity", "verdict")
 "Columns that lead the table, in this order, where the history has them."
 HIGHER = ("accuracy/", "speed/")
 "Measurements of which more is better."
@@ -94,8 +94,8 @@ def page(history: DataFrame) -> str:
 
 
 def arrange(history: DataFrame) -> DataFrame:
-    """Newest first, the describing columns in front, then the measurements without their interval ends and empty columns."""
-    table = history.sort_values("created", ascending=False) if "created" in history else history
+    """The history newest first, the describing columns in front, then the measurements without their interval ends and empty columns."""
+    table = history.iloc[::-1]
     first = [c for c in FIRST if c in table]
     measured = [c for c in table.columns if "/" in str(c) and not str(c).endswith(BOUNDS)]
     return table[first + measured].dropna(axis="columns", how="all")
@@ -133,17 +133,39 @@ def compare(first: Any, second: Any) -> DataFrame:
     return concat([Series(names), a, b, b - a, relative], axis="columns", keys=["metric", first.id, second.id, "change", "relative"])
 
 
-def best(history: DataFrame, metric: str, limit: int) -> DataFrame:
-    """The runs ranked by a measurement, lowest first; highest first for accuracy and speed.
+HOW = ("criterion", "technique", "pattern", "sparsity", "corpus", "count")
+"How a version was pruned, in a line."
+
+
+def best(history: DataFrame, metric: str, cost: str, limit: int) -> str:
+    """The versions that no other one beats in quality and cost, the cheapest first, and how they were pruned.
+
+    Args:
+        history: `runs.history()`.
+        metric, cost: columns of it.
 
     Raises:
-        ConfigError: no run has such a measurement; the message lists those there are.
+        ConfigError: no version has such a measurement; the message lists those there are.
     """
     metrics = [c for c in history.columns if "/" in str(c) and not str(c).endswith(BOUNDS)]
     require(metric in metrics, "--metric", metric, one_of(tuple(metrics)))
+    require(cost in metrics and cost != metric, "--cost", cost, one_of(tuple(m for m in metrics if m != metric)))
     require(limit > 0, "--limit", limit, "a whole number of at least 1")
-    ranked = history.dropna(subset=[metric]).sort_values(metric, ascending=not metric.startswith(HIGHER)).head(limit)
-    return ranked[[c for c in FIRST if c in ranked] + [metric]].dropna(axis="columns", how="all")
+    pruned = history[history.technique != "dense"]
+    pruned = pruned.drop_duplicates("id", keep="last")
+    front = pruned[versions.front(pruned, metric, cost)].sort_values(cost)
+    if front.empty:
+        return f"No pruned version has both {metric} and {cost}."
+    columns = [c for c in ("id", "tag", *HOW) if c in front] + [cost, metric]
+    more = "more" if versions.direction(*versions.split(metric)) == "higher" else "less"
+    told = f"{len(front)} of {len(pruned)} pruned versions are beaten by none: {cost} grows downwards ({more} {metric} is better)"
+    return f"{text_table(front[columns].dropna(axis='columns', how='all').head(limit))}\n\n{told}."
+
+
+def remembered(history: DataFrame, id: str) -> str:
+    """A version whose record is gone: what the history keeps of it."""
+    row = history[history.id == id].iloc[-1].dropna()
+    return f"{_pairs(row.to_dict())}\n\nIts record was deleted to keep the cache within its limit; this is from the history."
 
 
 def describe(run: Any) -> str:

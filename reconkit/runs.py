@@ -26,9 +26,10 @@ import pandas as pd
 import torch
 from filelock import FileLock
 
-from . import assets, cost, data, evaluation, models, pruning, testsets, zeroshot
+from . import assets, cost, data, evaluation, models, pruning, testsets, versions
+from . import history as store_of
 from .checkpoint import code_hash
-from .config import SELF, Z95, ConfigError, OverfitConfig, RunConfig, from_dict, require, to_dict
+from .config import SELF, ConfigError, OverfitConfig, RunConfig, from_dict, require, to_dict
 from .overfit import verdict
 from .reconstruct import resolve_precision
 
@@ -110,6 +111,7 @@ def run(run_config: RunConfig) -> Run:
     cache_limit()
     if run_config.tag:
         _check_tag(run_config.tag)
+    parent = version_of(run_config.parent) if run_config.parent else None
     parts = _parts(run_config)
     id, folder = _id(parts), _folder()
     folder.mkdir(parents=True, exist_ok=True)
@@ -140,6 +142,7 @@ def run(run_config: RunConfig) -> Run:
     if run_config.tag:
         tag(id, run_config.tag)
     found = priced(_read(folder / id, cached=whole), run_config.price_per_hour)
+    _remember_or_say(found, parent)
     return _judged(found, run_config.prune.overfit) if run_config.prune else found
 
 
@@ -173,7 +176,7 @@ def fingerprint(run_config: RunConfig) -> str:
 def _parts(config: RunConfig) -> dict[str, Any]:
     """Everything that decides the numbers of a run."""
     plain = to_dict(config)
-    del plain["tag"], plain["keep_model"], plain["test_seed"], plain["price_per_hour"]
+    del plain["tag"], plain["parent"], plain["keep_model"], plain["test_seed"], plain["price_per_hour"]
     plain |= {"draw": config.draw, "test_length": config.test_length or config.length}
     texts = {(config.corpus, "train"), *((c, "validation") for c in config.held_out), *((c, "test") for c in config.test)}
     if config.prune:
@@ -223,7 +226,8 @@ def _compute(config: RunConfig, id: str, parts: dict[str, Any], folder: Path) ->
     if config.prune is not None:
         options = {"length": config.length, "seed": config.draw}
         samples, extra = _training_samples(config, model, tokenizer)
-        held_out = {_name(c): data.load_samples(c, tokenizer, count=config.held_out_count, split="validation", **options) for c in config.held_out}
+        draw = {**options, "count": config.held_out_count, "split": "validation"}
+        held_out = {data.short_name(c): data.load_samples(c, tokenizer, **draw) for c in config.held_out}
         with cost.measure() as used:
             result = pruning.prune(model, samples, config.prune, extra=extra, held_out=held_out)
         errors, training, notes = result.errors, result.training, result.notes
@@ -248,7 +252,7 @@ def _compute(config: RunConfig, id: str, parts: dict[str, Any], folder: Path) ->
         seed=config.draw,
     )
     for row in record["perplexity"]:
-        name = f"perplexity/{_name(row['corpus'])}"
+        name = f"perplexity/{data.short_name(row['corpus'])}"
         metrics |= {name: row["value"], f"{name}/low": row["low"], f"{name}/high": row["high"]}
     if record["cloze"]:
         metrics |= {f"accuracy/cloze{end}": record["cloze"][name] for end, name in (("", "value"), ("/low", "low"), ("/high", "high"))}
@@ -266,7 +270,7 @@ def _compute(config: RunConfig, id: str, parts: dict[str, Any], folder: Path) ->
         models.save_model(model, tokenizer, folder / "model")
     facts = {
         "id": id,
-        "created": time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(started)),
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
         "config": to_dict(config),
         "metrics": metrics,
         "verdict": word,
@@ -357,14 +361,9 @@ def _corpora(config: RunConfig) -> list[str]:
     return [corpus for corpus in named if corpus != SELF]
 
 
-def _name(corpus: str) -> str:
-    """A corpus in the name of a measurement: a file without its folder."""
-    return Path(corpus).name if Path(corpus).suffix in data.FILES else corpus
-
-
 def _check_names(field: str, corpora: Sequence[str]) -> None:
     """Refuse two texts whose measurements would have one name."""
-    names = [_name(corpus) for corpus in corpora]
+    names = [data.short_name(corpus) for corpus in corpora]
     twice = [corpus for corpus, name in zip(corpora, names, strict=True) if names.count(name) > 1]
     require(not twice, field, ", ".join(twice), "texts of different names, since their measurements are kept by name; rename a file, or leave it out")
 
@@ -393,22 +392,77 @@ def records() -> list[Run]:
     return found
 
 
+def remember(run: Run, parent: str | None = None) -> int | None:
+    """Add a run's measurements to the history, once; returns its number there, or None where it is there already.
+
+    Args:
+        parent: id of the version that it follows; None: what its configuration says, where that is known.
+
+    Raises:
+        Damaged, OSError: as `history.Store.append`; nothing was added.
+    """
+    with store_of.Store() as store:
+        return _remember(store, run, parent)
+
+
+def _remember(store: store_of.Store, run: Run, parent: str | None = None) -> int | None:
+    if parent is None and run.config.parent:
+        known = store.versions()
+        parent = next((v for v in known[(known.version == run.config.parent) | (known.tag == run.config.parent)].version), None)
+    number = store.append({**versions.facts(run), "parent": parent}, versions.measurements(run), run.errors[["block", "source", "nmse"]])
+    if run.config.tag:
+        named = store.versions().set_index("version").tag
+        if named.get(run.id) != run.config.tag:
+            store.tag(run.config.tag, run.id)
+    return number
+
+
+def _remember_or_say(run: Run, parent: str | None) -> None:
+    """A history that cannot be written must not lose a finished run."""
+    try:
+        remember(run, parent)
+    except (OSError, RuntimeError) as error:
+        print(f"The run {run.id} is recorded, but not in the history: {error}", file=sys.stderr)
+
+
+def open_history() -> store_of.Store:
+    """The history, with every record in it.
+
+    Raises:
+        ConfigError, Damaged, OSError: as `history.Store`.
+    """
+    store = store_of.Store()
+    known = store.versions()
+    there = set(zip(known.version, known.created, strict=True))
+    for run in records():
+        if (run.id, run.record["created"]) not in there:
+            _remember(store, run)
+    return store
+
+
 def history() -> pd.DataFrame:
-    """One row a run: how it was made, its verdict, and every measurement in a column of its own."""
-    rows = []
-    for r in records():
-        how = r.config.prune
-        facts = {
-            "id": r.id,
-            "created": r.record["created"],
-            "tag": r.config.tag,
-            "model": r.config.model,
-            "corpus": r.config.corpus,
-            "count": r.config.count,
-        }
-        facts |= {"criterion": how and how.criterion, "technique": how.technique if how else "dense", "pattern": how and how.pattern}
-        rows.append({**facts, "verdict": r.record["verdict"], **r.metrics})
-    return pd.DataFrame(rows)
+    """One row a version, oldest first: how it was made, its verdict, and every measurement in a column of its own.
+
+    It outlives the records, of which the cache keeps the latest.
+    """
+    with open_history() as store:
+        return versions.wide(store)
+
+
+def version_of(name: str) -> str:
+    """The id of the version that is called so: by its id, the beginning of it, or its tag.
+
+    Raises:
+        ConfigError: no version or several are called so.
+    """
+    with open_history() as store:
+        known = store.versions()
+    ids = list(dict.fromkeys(known.version))
+    found = list(dict.fromkeys(known[known.tag == name].version)) or [v for v in ids if v.startswith(name)]
+    if len(found) == 1:
+        return found[0]
+    recent = ", ".join(dict.fromkeys(known.name.iloc[::-1].head(5))) or "none yet"
+    raise ConfigError(f"{len(found) or 'No'} versions are called {name!r}; the last ones are: {recent} (reconkit runs list shows all).")
 
 
 def changes(run: Run, against: Run) -> pd.DataFrame:
@@ -418,24 +472,16 @@ def changes(run: Run, against: Run) -> pd.DataFrame:
         set, measure ("perplexity": relative change; "accuracy" of cloze, "zero-shot" accuracy: difference), value, low, high,
         lower_is_better.
     """
+    others = {(row["metric"], row["test_set"]): row for row in versions.measurements(against)}
     rows = []
-    others = {row["corpus"]: row for row in against.record["evaluation"]["perplexity"]}
-    for row in run.record["evaluation"]["perplexity"]:
-        other = others.get(row["corpus"])
-        if other and other["samples"] == row["samples"]:
-            ratio = evaluation.perplexity_ratio(torch.tensor(row["nll"]), torch.tensor(other["nll"]))
-            rows.append((row["corpus"], "perplexity", *(value - 1 for value in ratio), True))
-    own, other = run.record["evaluation"].get("cloze"), against.record["evaluation"].get("cloze")
-    if own and other and own["items"] == other["items"]:
-        difference = torch.tensor(own["right"]) - torch.tensor(other["right"])
-        value, error = float(difference.double().mean()), evaluation.clustered_error(difference, torch.tensor(own["sample"]))
-        rows.append(("cloze", "accuracy", value, value - Z95 * error, value + Z95 * error, False))
-    scores = {row["task"]: row for row in against.record["evaluation"].get("zero_shot") or [] if row["metric"] == "acc" and "items" in row}
-    for row in run.record["evaluation"].get("zero_shot") or []:
-        score = scores.get(row["task"])
-        if row["metric"] == "acc" and score and score["items"] == row.get("items"):
-            table = zeroshot.compare({row["task"]: {"acc": row["right"]}}, {row["task"]: {"acc": score["right"]}})
-            rows.append((row["task"], "zero-shot", *table.loc[0, ["difference", "low", "high"]], False))
+    for row in versions.measurements(run):
+        other = others.get((row["metric"], row["test_set"]))
+        if other is None or row["metric"] not in ("perplexity", "accuracy") or row["test_set"].endswith(" (acc_norm)"):
+            continue
+        value, low, high, paired = versions.change(row, other)
+        if paired:
+            measure = "zero-shot" if row["metric"] == "accuracy" and row["test_set"] != "cloze" else row["metric"]
+            rows.append((row["test_set"], measure, value, low, high, row["metric"] == "perplexity"))
     return pd.DataFrame(rows, columns=["set", "measure", "value", "low", "high", "lower_is_better"])
 
 
@@ -450,7 +496,17 @@ def find(run: str) -> Run:
     if len(found) == 1:
         return found[0]
     recent = ", ".join(r.id for r in known[-5:][::-1]) or "none yet"
+    if not found and run and (gone := _gone(run)):
+        raise ConfigError(f"{gone} is only in the history: its record was deleted. Run its configuration again; runs with a record: {recent}.")
     raise ConfigError(f"{len(found) or 'No'} runs are called {run!r}; the last recorded ones are: {recent} (reconkit runs list shows all).")
+
+
+def _gone(name: str) -> str | None:
+    """The version of that name, if the history knows one."""
+    try:
+        return version_of(name)
+    except ConfigError:
+        return None
 
 
 def tag(run: str, tag: str) -> None:
@@ -465,10 +521,12 @@ def tag(run: str, tag: str) -> None:
         if other.config.tag == tag and other.id != chosen.id:
             (other.folder / "tag").unlink()
     (chosen.folder / "tag").write_text(tag, encoding="utf-8")
+    with open_history() as store:
+        store.tag(tag, chosen.id)
 
 
 def _check_tag(tag: str) -> None:
-    require(re.fullmatch(r"[\w.-]+", tag) is not None, "tag", tag, "letters, digits, dots, dashes and underscores")
+    store_of.check_name("tag", tag)
 
 
 def _tag(folder: Path) -> str | None:
@@ -516,6 +574,7 @@ def environment() -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
+        "processor": versions.processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,

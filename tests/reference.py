@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -102,3 +103,31 @@ def perplexity(model: torch.nn.Module, samples: Tensor) -> float:
                 total -= log_p[position, ids[position + 1]].item()
                 count += 1
     return math.exp(total / count)
+
+
+def paired_difference(first: list[int], second: list[int]) -> tuple[float, float, float]:
+    """Mean of the differences item by item, and its 95 % interval."""
+    differences = [a - b for a, b in zip(first, second, strict=True)]
+    mean = sum(differences) / len(differences)
+    variance = sum((d - mean) ** 2 for d in differences) / (len(differences) - 1)
+    half = 1.959963984540054 * (variance / len(differences)) ** 0.5
+    return mean, mean - half, mean + half
+
+
+def clustered_error(values: Any, cluster: list[int]) -> float:
+    """Standard error of the mean of items that share texts: sums of the deviations, text by text."""
+    mean = sum(values) / len(values)
+    sums: dict[int, float] = {}
+    for value, text in zip(values, cluster, strict=True):
+        sums[text] = sums.get(text, 0.0) + value - mean
+    return (sum(s * s for s in sums.values()) * len(sums) / (len(sums) - 1)) ** 0.5 / len(values)
+
+
+def front(table: Any, quality: str, cost: str, *, higher: bool) -> list[bool]:
+    """Each row against every other one."""
+    rows = [(c, -q if higher else q) for c, q in zip(table[cost], table[quality], strict=True)]
+    whole = [c == c and q == q for c, q in rows]
+    return [
+        there and not any(other and (d <= c and r <= q) and (d < c or r < q) for (d, r), other in zip(rows, whole, strict=True))
+        for (c, q), there in zip(rows, whole, strict=True)
+    ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -293,12 +294,23 @@ def test_runs_words(two_runs: list[str], tmp_path: Path, capsys: pytest.CaptureF
     assert status("runs", "compare", "original", pruned) == 0
     header, *rows = capsys.readouterr().out.splitlines()
     assert dense in header and pruned in header and any("perplexity/pydocs" in row for row in rows)
-    assert status("runs", "best", "--metric", "perplexity/pydocs", "--limit", "1") == 0
+    assert status("runs", "list", "--last", "1") == 0
     assert len(capsys.readouterr().out.splitlines()) == 2
+    assert status("runs", "best", "--metric", "perplexity/pydocs", "--limit", "1") == 0
+    assert "1 of 1 pruned versions are beaten by none" in capsys.readouterr().out
     assert status("runs", "best", "--metric", "beauty") == 2
     assert "perplexity/pydocs" in capsys.readouterr().err
     assert status("runs", "export", "--out", str(tmp_path / "runs.csv")) == 0
-    assert set(pd.read_csv(tmp_path / "runs.csv")["id"]) == set(two_runs)
+    assert status("runs", "export", "--out", str(tmp_path / "runs.parquet")) == 0
+    assert status("runs", "export", "--out", str(tmp_path / "runs.txt")) == 2
+    for table in (pd.read_csv(tmp_path / "runs.csv"), pd.read_parquet(tmp_path / "runs.parquet")):
+        assert set(table.version) == set(two_runs)
+        assert {"parent", "model", "configuration", "commit", "metric", "test_set", "value", "unit", "direction", "n", "stderr"} <= set(table)
+        assert {"hardware", "created", "seconds", "cost"} <= set(table)
+    shutil.rmtree(Path(os.environ["RECONKIT_CACHE"]) / "runs" / pruned)
+    capsys.readouterr()
+    assert status("runs", "show", pruned) == 0
+    assert "from the history" in capsys.readouterr().out
     assert status("report", "--out", str(tmp_path / "page.html")) == 0
     assert all(run in (tmp_path / "page.html").read_text() for run in two_runs)
 
@@ -309,6 +321,9 @@ def test_data_shows_and_clears(cache: Path, two_runs: list[str], capsys: pytest.
     assert str(cache) in said and "runs" in said and "limit" in said
     assert status("data", "--clear", "runs") == 0
     capsys.readouterr()
+    assert status("runs", "list") == 0
+    assert all(run in capsys.readouterr().out for run in two_runs[:1]), "the history stays"
+    (cache / "history.sqlite").unlink()
     assert status("runs", "list") == 0
     assert "No run is recorded yet" in capsys.readouterr().out
     assert os.path.isdir(cache)

@@ -85,20 +85,27 @@ def test_no_history_writes_no_page(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 
 def test_the_table_is_newest_first_without_interval_ends_and_empty_columns(history: pd.DataFrame) -> None:
     table = report.arrange(history)
-    assert list(table["id"]) == ["bbb", "ccc", "aaa"]
+    assert list(table["id"]) == ["ccc", "bbb", "aaa"], "in the order of recording, whatever the clock said"
     assert list(table.columns) == [
         "id", "created", "tag", "model", "technique", "verdict", "perplexity/wiki", "accuracy/boolq", "nmse/calibration",
     ]  # fmt: skip
 
 
-def test_best_ranks_by_what_is_better(history: pd.DataFrame) -> None:
-    assert list(report.best(history, "perplexity/wiki", 2)["id"]) == ["ccc", "bbb"]
-    assert list(report.best(history, "accuracy/boolq", 9)["id"]) == ["bbb", "ccc", "aaa"]
-    assert list(report.best(history, "nmse/calibration", 9)["id"]) == ["bbb", "aaa"], "runs without it are not ranked"
-    with pytest.raises(ConfigError, match="nmse/calibration"):
-        report.best(history, "beauty", 2)
-    with pytest.raises(ConfigError, match="--limit"):
-        report.best(history, "perplexity/wiki", 0)
+def test_best_is_what_no_other_version_beats(history: pd.DataFrame) -> None:
+    table = history.assign(**{"seconds/prune": [10.0, 5.0, 1.0], "technique": ["LR", "BR+GP", "BR"]})
+    said = report.best(table, "accuracy/boolq", "seconds/prune", 9)
+    assert said.index("ccc") < said.index("bbb") and "aaa" not in said
+    assert "2 of 3 pruned versions" in said and "more accuracy/boolq is better" in said
+    assert report.best(table, "accuracy/boolq", "seconds/prune", 1).count("\n") == 3 and "BR+GP" in said
+    said = report.best(table, "nmse/calibration", "seconds/prune", 9)
+    assert "bbb" in said and "ccc" not in said, "what was not measured is beaten by none and shown by none"
+    assert "dense" not in report.best(history.assign(**{"seconds/prune": 1.0, "technique": "dense"}), "perplexity/wiki", "seconds/prune", 9)
+    for metric, cost, limit, word in (
+        ("beauty", "seconds/prune", 2, "nmse/calibration"), ("perplexity/wiki", "beauty", 2, "--cost"),
+        ("perplexity/wiki", "seconds/prune", 0, "--limit"),
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match=word):
+            report.best(table, metric, cost, limit)
 
 
 def test_compare_sets_two_runs_side_by_side() -> None:

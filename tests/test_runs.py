@@ -225,8 +225,9 @@ def test_history_find_and_tag() -> None:
 def test_a_damaged_record_is_skipped_and_named(capsys: pytest.CaptureFixture[str]) -> None:
     a, b = runs.run(config()), runs.run(config(prune=None))
     (a.folder / "record.json").write_text("{")
-    assert list(runs.history().id) == [b.id]
+    assert [run.id for run in runs.records()] == [b.id]
     assert a.id in capsys.readouterr().err
+    assert list(runs.history().id) == [a.id, b.id], "its measurements are in the history"
 
 
 def test_wrong_words_are_refused_before_work(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -309,7 +310,9 @@ def test_the_oldest_runs_go_when_the_cache_is_too_large(monkeypatch: pytest.Monk
     (old.folder / "ballast").write_bytes(bytes(3_000_000))
     monkeypatch.setenv("RECONKIT_CACHE_LIMIT", "2MB")
     new = runs.run(config(prune=None))
-    assert list(runs.history().id) == [new.id]
+    assert [run.id for run in runs.records()] == [new.id] and list(runs.history().id) == [old.id, new.id]
+    with pytest.raises(ConfigError, match="only in the history"):
+        runs.find(old.id)
     monkeypatch.setenv("RECONKIT_CACHE_LIMIT", "much")
     with pytest.raises(ConfigError, match="20GB"):
         runs.cache_limit()
@@ -354,7 +357,8 @@ def test_a_price_is_set_on_what_a_run_took_and_decides_no_number() -> None:
 def test_changes_pair_the_same_items_of_zero_shot_tasks_only() -> None:
     def answered(right: list[float], items: str, metric: str = "acc") -> Any:
         rows = [{"task": "rte", "metric": metric, "right": right, "items": items}]
-        return SimpleNamespace(record={"evaluation": {"perplexity": [], "zero_shot": rows}})
+        name = "accuracy/rte" + ("" if metric == "acc" else " (acc_norm)")
+        return SimpleNamespace(record={"evaluation": {"perplexity": [], "zero_shot": rows}}, metrics={name: sum(right) / len(right)})
 
     dense, pruned = answered([1, 1, 0, 1], "a"), answered([1, 0, 0, 0], "a")
     [row] = runs.changes(pruned, dense).to_dict("records")
@@ -363,3 +367,29 @@ def test_changes_pair_the_same_items_of_zero_shot_tasks_only() -> None:
     assert (row["value"], row["low"], row["high"]) == pytest.approx((-0.5, -0.5 - half, -0.5 + half))
     for other in (answered([1, 0], "b"), answered([1, 0, 0, 0], "a", "acc_norm")):
         assert runs.changes(other, dense).empty
+
+
+def test_every_run_is_in_the_history_once() -> None:
+    first = runs.run(config(tag="good"))
+    assert runs.run(config()).cached and list(runs.history().id) == [first.id]
+    follows = runs.run(config(prune=None, parent="good"))
+    table = runs.history().set_index("id")
+    assert table.parent[follows.id] == first.id and table.tag[first.id] == "good" and list(table.index) == [first.id, follows.id]
+    assert runs.version_of("good") == runs.version_of(first.id[:5]) == first.id
+    with runs.open_history() as store:
+        blocks = store.blocks([1])
+        assert blocks.nmse.tolist() == first.errors.nmse.tolist() and list(blocks.source) == list(first.errors.source)
+
+
+def test_an_unknown_parent_is_refused_before_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runs, "_compute", None)
+    with pytest.raises(ConfigError, match="No versions are called 'nobody'; the last ones are: none yet"):
+        runs.run(config(parent="nobody"))
+
+
+def test_a_history_that_cannot_be_written_loses_no_run(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (cache / "history.sqlite").write_bytes(b"something else" * 1000)
+    found = runs.run(config())
+    assert (found.folder / "record.json").is_file() and f"The run {found.id} is recorded, but not in the history" in capsys.readouterr().err
+    (cache / "history.sqlite").unlink()
+    assert list(runs.history().id) == [found.id], "a new history begins from the records"
