@@ -81,7 +81,7 @@ def parser() -> Parser:
     _evaluate_words(_word(words, "evaluate", evaluate, "measure a model: perplexity, zero-shot accuracy, speed, size"))
     _suite_words(words.add_parser("suite", help="run notebooks by papermill from a manifest"))
     _runs_words(words.add_parser("runs", help="look at the recorded runs"))
-    page = _word(words, "report", report, "write the dashboard page of all recorded runs")
+    page = _word(words, "report", report, "write the dashboard: one HTML page of the whole history")
     page.add_argument("--out", default="report.html", metavar="FILE.html", help="default: %(default)s")
     monitor = _word(words, "watch", watch, "follow the running prunes in the terminal")
     monitor.add_argument("run", nargs="?", metavar="RUN", help="a process number, or a recorded run; default: everything that is running")
@@ -495,11 +495,12 @@ def runs_export(a: argparse.Namespace) -> None:
 
 
 def report(a: argparse.Namespace) -> None:
-    from . import report as page
+    from . import dashboard
+    from . import report as room
 
     _check_writable(Path(a.out).parent)
-    written = page.report(a.out)
-    print(f"Wrote {written}." if written else page.EMPTY)
+    written = dashboard.report(a.out)
+    print(f"Wrote {written}." if written else room.EMPTY)
 
 
 def watch(a: argparse.Namespace) -> None:

@@ -1,10 +1,8 @@
-"""The dashboard page and the terminal monitor, drawn from the run records and from what running processes leave behind."""
+"""The terminal's tables and its monitor, drawn from the run records and from what running processes leave behind."""
 
 from __future__ import annotations
 
-import html
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -34,64 +32,6 @@ LONGEST = 40  # characters of a fact in the monitor, whose lines must not wrap
 BOUNDS = ("/low", "/high")
 "Interval ends: in the export, not in the table."
 
-PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>reconkit: runs</title>
-<style>
-body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 90rem; padding: 0 1rem; color: #222; }}
-.wide {{ overflow-x: auto; }}
-table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 0.9rem; }}
-th, td {{ padding: 0.25rem 0.6rem; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap; }}
-th {{ position: sticky; top: 0; background: #f4f4f4; }}
-figure {{ margin: 1.5rem 0; max-width: 48rem; }}
-figure svg {{ max-width: 100%; height: auto; }}
-</style>
-</head>
-<body>
-<h1>Runs</h1>
-<p>{summary}</p>
-{figure}
-<div class="wide">
-{table}
-</div>
-<p>Perplexity and NMSE: lower is better. NMSE is the mean square difference between the dense and the pruned model's final block
-output, divided by the dense one's mean square. Times compare only on the same machine.</p>
-</body>
-</html>
-"""
-
-
-def report(out: str | Path) -> Path | None:
-    """Write the runs history as one self-contained HTML page.
-
-    Args:
-        out: the file; its folder is made where it is missing.
-
-    Returns:
-        The file, or None where no run is recorded yet (then nothing is written).
-    """
-    history = runs.history()
-    if history.empty:
-        return None
-    path = Path(out)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(page(history), encoding="utf-8")
-    os.replace(partial, path)
-    return path
-
-
-def page(history: DataFrame) -> str:
-    """The page of a history; every text that comes from a run is escaped."""
-    table = arrange(history)
-    body = table.to_html(index=False, escape=True, border=0, na_rep="", formatters=[show] * table.shape[1])
-    models = ", ".join(sorted({str(m) for m in history.get("model", [])}))
-    summary = html.escape(f"{len(history)} runs of {models}, newest first, as of {time.strftime('%Y-%m-%d %H:%M')}.")
-    return PAGE.format(summary=summary, figure=_figure(history), table=body)
-
 
 def arrange(history: DataFrame) -> DataFrame:
     """The history newest first, the describing columns in front, then the measurements without their interval ends and empty columns."""
@@ -108,19 +48,6 @@ def show(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 1e5 else f"{value:.4g}"
     return str(value)
-
-
-def _figure(history: DataFrame) -> str:
-    """Perplexity against the final error of all pruned runs, inline; nothing where no two runs have both."""
-    perplexities = [c for c in history.columns if str(c).startswith("perplexity/") and not str(c).endswith(BOUNDS)]
-    if not perplexities or "nmse/calibration" not in history or "criterion" not in history:
-        return ""
-    shown = history.dropna(subset=["nmse/calibration", perplexities[0], "criterion", "technique"])
-    if len(shown) < 2:
-        return ""
-    from . import plots
-
-    return f"<figure>{plots.as_svg(plots.error_and_perplexity(shown, 'nmse/calibration', perplexities[0]))}</figure>"
 
 
 def compare(first: Any, second: Any) -> DataFrame:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from functools import cache as once
@@ -55,7 +56,7 @@ def data_mirror() -> Path:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    for marker, missing in (("assets", no_assets), ("data", no_data), ("gpu", no_gpu)):
+    for marker, missing in (("assets", no_assets), ("data", no_data), ("gpu", no_gpu), ("browser", no_browser)):
         if item.get_closest_marker(marker) and (reason := missing()):
             pytest.skip(reason)
 
@@ -75,6 +76,16 @@ def no_assets() -> str:
     ):
         return f"the offline assets {', '.join(missing)} are not in the cache and no package index answers"
     return ""
+
+
+def browser() -> str | None:
+    """Chromium, under any of its names."""
+    return next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"))), None)
+
+
+@once
+def no_browser() -> str:
+    return "" if browser() else "no Chromium is installed"
 
 
 @once

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import threading
 import time
-from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -37,50 +36,6 @@ def history(monkeypatch: pytest.MonkeyPatch) -> pd.DataFrame:
     table = pd.DataFrame(rows)
     monkeypatch.setattr(report.runs, "history", lambda: table)
     return table
-
-
-class Page(HTMLParser):
-    """Tags, and the text of table cells."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: list[str] = []
-        self.links: list[str] = []
-        self.cells: list[str] = []
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.links += [value or "" for name, value in attrs if name in ("src", "href")]
-        if tag in ("td", "th"):
-            self.cells.append("")
-
-    def handle_data(self, data: str) -> None:
-        if self.tags and self.tags[-1] in ("td", "th") and data.strip():
-            self.cells[-1] += data
-
-
-def test_page_is_whole_escaped_and_needs_no_network(history: pd.DataFrame, tmp_path: Path) -> None:
-    out = report.report(tmp_path / "new" / "page.html")
-    assert out == tmp_path / "new" / "page.html" and [p.name for p in out.parent.iterdir()] == ["page.html"]
-    page = Page(out.read_text())
-    assert "script" not in page.tags and "<script>alert(1)</script>" in page.cells and "dense & whole" in page.cells
-    assert not [link for link in page.links if not link.startswith(("#", "data:"))]
-    assert "42.12" in page.cells and "0.104" in page.cells and "nan" not in page.cells and "None" not in page.cells
-
-
-def test_the_page_shows_error_against_perplexity_of_the_pruned_runs(history: pd.DataFrame, tmp_path: Path) -> None:
-    assert "<figure>" not in report.page(history), "without criteria there is nothing to draw"
-    drawn = report.page(history.assign(criterion=["wanda", "sparsegpt", None]))
-    page = Page(drawn)
-    assert page.tags.count("svg") == 1 and "Wanda LR" in drawn and "SparseGPT BR+GP" in drawn
-    assert not [link for link in page.links if not link.startswith(("#", "data:"))]
-
-
-def test_no_history_writes_no_page(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(report.runs, "history", lambda: pd.DataFrame())
-    assert report.report(tmp_path / "page.html") is None
-    assert not list(tmp_path.iterdir())
 
 
 def test_the_table_is_newest_first_without_interval_ends_and_empty_columns(history: pd.DataFrame) -> None:
