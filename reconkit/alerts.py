@@ -159,7 +159,7 @@ def _judge(
             return True, f"{name} is {_show(rule.metric, value)}, worse than the limit by no more than its noise" if beyond else ""
         limit = _show(rule.metric, rule.allowed)
         message = f"{name} is {_show(rule.metric, value)}{_between(low, high, '.4g')}; the worst that is allowed is {limit}."
-        return _alert(rule, own, row, message, change=value - rule.allowed, low=low, high=high)
+        return _alert(rule, own, row, message, change=value - rule.allowed, low=low - rule.allowed, high=high - rule.allowed)
     if found.empty:
         return False, which
     other = _reference(rule, row, group, found, which, sign)

@@ -211,9 +211,10 @@ def _runs_words(word: argparse.ArgumentParser) -> None:
     shown = _word(words, "list", runs_list, "list the versions of the history, newest first")
     shown.add_argument("--last", type=int, metavar="N", help="only so many")
     _word(words, "show", runs_show, "show a run: configuration, measurements, notes").add_argument("run", metavar="RUN", help=run)
-    compare = _word(words, "compare", runs_compare, "show the measurements of two runs side by side")
-    compare.add_argument("first", metavar="A", help=run)
-    compare.add_argument("second", metavar="B", help=run)
+    compare = _word(words, "compare", runs_compare, "show what changed from one version to others, and where they begin to write something else")
+    compare.add_argument("first", metavar="A", help=f"{run}: what the others are compared with, such as the dense model")
+    compare.add_argument("others", metavar="B", nargs="+", help=run)
+    compare.add_argument("--out", metavar="FILE.html", help="a page with the pictures")
     best = _word(words, "best", runs_best, "show which versions no other one beats in quality and cost, with how they were pruned")
     best.add_argument("--metric", required=True, help="the quality, such as perplexity/wiki")
     best.add_argument("--cost", default="seconds/prune", metavar="METRIC", help="the cost, of which less is better; default: %(default)s")
@@ -436,9 +437,15 @@ def runs_show(a: argparse.Namespace) -> None:
 
 
 def runs_compare(a: argparse.Namespace) -> None:
-    from . import report, runs
+    require(a.out is None or a.out.endswith(".html"), "--out", a.out, "a .html file")
+    if a.out:
+        _check_writable(Path(a.out).parent)
+    from . import comparison, runs
 
-    print(report.text_table(report.compare(runs.find(a.first), runs.find(a.second))))
+    against, others = runs.find(a.first), [runs.find(name) for name in a.others]
+    print(comparison.in_terminal(others, against))
+    if a.out:
+        _write(Path(a.out), comparison.page(others, against))
 
 
 def runs_best(a: argparse.Namespace) -> None:

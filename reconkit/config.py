@@ -17,7 +17,7 @@ TECHNIQUES = ("LR", "BR", "BR+GP", "BR+GP+CR")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 LAYERS = ("all", "attention", "feed-forward")
 STREAMS = ("dense", "sparse")
-MEASUREMENTS = ("perplexity", "cloze", "zero_shot", "speed")
+MEASUREMENTS = ("perplexity", "cloze", "zero_shot", "speed", "generations")
 STARTS = ("token", "prefix")
 Z95 = 1.959964  # half-width of a 95 % interval in standard errors
 SELF = "self"  # the name, among corpora, of text that the dense model writes itself
@@ -265,7 +265,7 @@ class RunConfig:
     prune: PruneConfig | None = field(default_factory=PruneConfig)
     "How the model is pruned; None measures the dense model."
     evaluate: tuple[str, ...] = ("perplexity",)
-    "What is measured afterwards: any of perplexity, cloze, zero_shot, speed."
+    "What is measured afterwards: any of perplexity, cloze, zero_shot, speed, generations (what the model writes on from a few prompts)."
     tag: str | None = None
     "A name people give the run; not part of its fingerprint."
     keep_model: bool = False

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SPARE = 0.1  # share of zeros that a model may have besides its masks: restored weights hold some
+WRITTEN = 48  # tokens after each prompt
 RESAMPLES = 2000  # of a bootstrap
 LOGITS = 2**26  # logits held at once; a large vocabulary must not decide how much memory an evaluation takes
 
@@ -133,6 +134,22 @@ def cloze(model: PreTrainedModel, samples: Tensor, items: Tensor, *, batch_size:
     return right
 
 
+@torch.no_grad()
+def generations(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Tensor, *, tokens: int = WRITTEN) -> list[dict[str, Any]]:
+    """What the model writes on from each prompt (N, T), always taking the likeliest token.
+
+    Returns:
+        prompt (text), tokens (ids) and pieces (their texts, one each): kept, they can be compared with what another version writes.
+    """
+    options = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "num_beams": 1, "pad_token_id": 0}
+    ids = prompts.to(model.device)
+    written = model.generate(ids, attention_mask=torch.ones_like(ids), **options)[:, prompts.shape[1] :].tolist()
+    return [
+        {"prompt": tokenizer.decode(prompt), "tokens": own, "pieces": [tokenizer.decode([token]) for token in own]}
+        for prompt, own in zip(prompts, written, strict=True)
+    ]
+
+
 def clustered_error(right: Tensor, cluster: Tensor) -> float:
     """Standard error of the mean of `right` (items,), or of a difference, when the items of one `cluster` (their sample) belong together."""
     residuals = right.double() - right.double().mean()
@@ -177,6 +194,7 @@ def evaluate(
     price_per_hour: float | None = None,
     texts: Mapping[str, Tensor] | None = None,
     blanks: tuple[Tensor, Tensor] | None = None,
+    prompts: Tensor | None = None,
 ) -> dict[str, Any]:
     """The record of a model: everything that was asked for, with 95 % intervals, and what measuring it took.
 
@@ -192,13 +210,14 @@ def evaluate(
         price_per_hour: of the machine; with `speed`, gives what a million tokens cost.
         texts: further samples (N, T) by name, such as text of the model's own; their split is called "given".
         blanks: (samples, items) of a cloze set, see `cloze`.
+        prompts: tokens (N, T) from which it writes on, see `generations`.
 
     Returns:
         perplexity: rows of corpus, split, length, tokens, data (a fingerprint), samples (another), dtype, device, value, low, high,
         nll (per sequence), and ratio, ratio_low, ratio_high with `against`; cloze: value, low, high, n, right and sample (per
         item), and difference, difference_low, difference_high with `against`, or None; zero_shot: rows, see `zero_shot`, with
-        items (a fingerprint) and right (per item); speed: rows, see `latency`; size: dict; cost: of measuring, see
-        `Cost.record`, and with a price that of a million tokens by batch size;
+        items (a fingerprint) and right (per item); generations: rows, see `generations`; speed: rows, see `latency`; size: dict;
+        cost: of measuring, see `Cost.record`, and with a price that of a million tokens by batch size;
         fingerprint: what decides these figures, the weights included.
     """
     check_tasks(tasks)
@@ -235,6 +254,7 @@ def evaluate(
             rows.append({**row, "nll": nll.tolist()})
         asked = _zero_shot_record(model, tokenizer, tasks, limit, seed, against) if tasks else []
         filled = _cloze_record(model, *blanks, against, batch_size) if blanks else None
+        written = generations(model, tokenizer, prompts) if prompts is not None else []
         models = {"this": model} | ({} if against is None else {"against": against})
         if speed and (other := compressed(model)) is not None:
             models["this, 2:4 kernels"] = other
@@ -251,6 +271,7 @@ def evaluate(
         "perplexity": rows,
         "cloze": filled,
         "zero_shot": asked,
+        "generations": written,
         "speed": timing,
         "size": measured,
         "cost": spent,

@@ -64,9 +64,14 @@ class Damaged(RuntimeError):
     """The file is not, or no longer, a whole history."""
 
 
+def named() -> bool:
+    """Whether RECONKIT_HISTORY names the file."""
+    return bool(os.environ.get("RECONKIT_HISTORY"))
+
+
 def path() -> Path:
     """RECONKIT_HISTORY, or history.sqlite in the cache."""
-    return Path(os.environ.get("RECONKIT_HISTORY") or cache_dir() / "history.sqlite")
+    return Path(os.environ["RECONKIT_HISTORY"]) if named() else cache_dir() / "history.sqlite"
 
 
 def check_name(field: str, name: str) -> None:
@@ -147,8 +152,8 @@ class Store:
             self._insert("measurements", TABLES["measurements"][0], ({"number": number, **row} for row in measurements))
             if blocks is not None:
                 self._insert("blocks", TABLES["blocks"][0], ({"number": number, **row} for row in blocks.to_dict("records")))
-        if last and facts["created"] < last[0]:
-            print(f"The clock went back from {last[0]} to {facts['created']}; the history keeps the order of recording.", file=sys.stderr)
+        if last and (today := now()) < last[0]:
+            print(f"The clock went back, from {last[0]} to {today}; the history keeps the order of recording.", file=sys.stderr)
         return number
 
     def _insert(self, table: str, columns: Iterable[str], rows: Iterable[Mapping[str, Any]]) -> int:

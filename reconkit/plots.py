@@ -199,12 +199,32 @@ def changes(data: pd.DataFrame, by: str, rows: str = "set", *, label: str = "cha
     ax.axvline(0, color=INK, linewidth=0.8)
     ax.set_yticks(range(len(words)), [NAMES.get(w, str(w)) for w in words])
     ax.set_xlabel(label)
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:+.0%}" if value else "0"))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:+.3g}%" if value else "0"))
     ax.margins(y=0.12)
     ax.invert_yaxis()
     if len(kinds) > 1:
         ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=min(3, len(kinds)))
     return ax
+
+
+def differences(data: pd.DataFrame) -> np.ndarray:
+    """`changes` once for each kind of measurement, a colour a version, and which side is better.
+
+    Args:
+        data: `comparison.table`.
+    """
+    better = {"perplexity": "lower is better", "nmse": "lower is better", "accuracy": "higher is better"}
+    names = {"perplexity": "perplexity, relative change", "nmse": "final NMSE, relative change", "accuracy": "accuracy, difference"}
+    kinds = [kind for kind in names if kind in set(data.kind)]
+    rows = max(data[data.kind == kind].set.nunique() for kind in kinds)
+    axes = _panels(len(kinds), width=1.2 * WIDTH, height=1.4 + 0.16 * rows * (1 + data.version.nunique()))
+    for ax, kind in zip(axes, kinds, strict=True):
+        part = data[data.kind == kind].rename(columns={"value": "measured"})
+        part = part.assign(value=part.change, low=part.low.fillna(part.change), high=part.high.fillna(part.change))
+        changes(part, "version", label=f"{names[kind]} ({better[kind]})", ax=ax)
+        if ax is not axes[0] and ax.get_legend():
+            ax.get_legend().remove()
+    return axes
 
 
 def by_seed(data: pd.DataFrame, arm: str, measures: Sequence[str], *, dense: Mapping[str, float] | None = None) -> np.ndarray:

@@ -50,16 +50,6 @@ def show(value: Any) -> str:
     return str(value)
 
 
-def compare(first: Any, second: Any) -> DataFrame:
-    """Every measurement of two runs, side by side, with the change from the first to the second."""
-    from pandas import Series, concat
-
-    names = [n for n in dict.fromkeys([*first.metrics, *second.metrics]) if not n.endswith(BOUNDS)]
-    a, b = (Series([run.metrics.get(n) for n in names], dtype=float) for run in (first, second))
-    relative = ((b - a) / a.abs().where(a != 0)).map("{:+.1%}".format, na_action="ignore")
-    return concat([Series(names), a, b, b - a, relative], axis="columns", keys=["metric", first.id, second.id, "change", "relative"])
-
-
 HOW = ("criterion", "technique", "pattern", "sparsity", "corpus", "count")
 "How a version was pruned, in a line."
 

@@ -58,6 +58,7 @@ NEEDED = 10**9  # free bytes without which no run begins
 DEFAULT_LIMIT = "20GB"
 DENSE = ("model", "prune", "evaluate", "test", "test_count", "test_length", "tasks", "limit", "draw", "device", "dtype")
 "What of a configuration decides the measurements of a dense model."
+PROMPTS, PROMPT = 4, 16  # prompts of the generations, and tokens in each
 SPENT = ("gpu_hours", "joules")
 "What a part of a run takes besides seconds and memory, where there is a GPU."
 ERRORS = ["block", "source", "mse", "nmse"]
@@ -249,6 +250,7 @@ def _compute(config: RunConfig, id: str, parts: dict[str, Any], folder: Path) ->
         tasks=config.tasks if "zero_shot" in config.evaluate else (),
         limit=config.limit,
         speed="speed" in config.evaluate,
+        prompts=_prompts(config, tokenizer) if "generations" in config.evaluate else None,
         seed=config.draw,
     )
     for row in record["perplexity"]:
@@ -354,10 +356,18 @@ def _test_sets(config: RunConfig, model: Any, tokenizer: Any) -> tuple[list[str]
     return real if "perplexity" in config.evaluate else [], own, blanks
 
 
+def _prompts(config: RunConfig, tokenizer: Any) -> torch.Tensor:
+    """The beginnings of a few test samples of the first test corpus, (PROMPTS, PROMPT)."""
+    first = next(corpus for corpus in config.test if corpus != SELF)
+    return data.load_samples(first, tokenizer, count=PROMPTS, length=PROMPT, split="test", seed=config.draw)
+
+
 def _corpora(config: RunConfig) -> list[str]:
     models.check_model(config.model)
     named = [config.corpus, *config.held_out, *config.test, *([config.extra] if config.extra else [])]
     require(SELF not in config.held_out, "held_out", config.held_out, "a list of corpora without self, which is possible as corpus and in test")
+    asked = "generations" not in config.evaluate or any(corpus != SELF for corpus in config.test)
+    require(asked, "test", config.test, "a list with a corpus in it, from which prompts can be taken")
     return [corpus for corpus in named if corpus != SELF]
 
 
@@ -426,12 +436,14 @@ def _remember_or_say(run: Run, parent: str | None) -> None:
 
 
 def open_history() -> store_of.Store:
-    """The history, with every record in it.
+    """The history, with every record in it; one that RECONKIT_HISTORY names holds only what was run while it did.
 
     Raises:
         ConfigError, Damaged, OSError: as `history.Store`.
     """
     store = store_of.Store()
+    if store_of.named():
+        return store
     known = store.versions()
     there = set(zip(known.version, known.created, strict=True))
     for run in records():

@@ -54,7 +54,7 @@ def split(name: str) -> tuple[str, str]:
 def direction(metric: str, test_set: str = "") -> str:
     """ "lower" or "higher" is better, or "" where neither is."""
     if metric == "speed":
-        return "lower" if "second" in test_set and "per_second" not in test_set else "higher"
+        return "higher" if "per_second" in test_set else "lower"
     return BETTER.get(metric, "")
 
 

@@ -204,7 +204,10 @@ def test_a_change_within_its_noise_is_told() -> None:
     ],
 )
 def test_a_limit_judges_the_value_itself(value: Any, limit: float, fires: bool) -> None:
-    assert bool(judged(history({"accuracy/a": value}), rule("accuracy", limit=limit))[0]) == fires
+    found = check(history({"accuracy/a": value}), None, [rule("accuracy", limit=limit)]).fired
+    assert bool(found) == fires
+    if fires and isinstance(value, dict):  # the change is from the limit, and so is its interval
+        assert [found[0][k] for k in ("change", "low", "high")] == pytest.approx([-0.1, -0.1 - Z95 * 0.046, -0.1 + Z95 * 0.046])
 
 
 def test_verdicts_are_measurements() -> None:

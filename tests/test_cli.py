@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -16,13 +17,14 @@ import pytest
 from reconkit import cli, config
 
 ROOT = Path(__file__).parent.parent
+RULES = str(ROOT / "papermill_runs" / "alerts.toml")
 TINY = ["--model", "tiny", "--corpus", "pydocs", "--count", "4", "--length", "32"]
 WORDS = {
     "prune": [],
     "selfgen": [],
     "evaluate": [],
     "suite": ["run", "status", "publish", "new"],
-    "runs": ["list", "show", "compare", "best", "tag", "export"],
+    "runs": ["list", "show", "compare", "best", "tag", "check", "export"],
     "report": [],
     "watch": [],
     "data": [],
@@ -162,7 +164,8 @@ def test_a_closed_pipe_is_no_failure() -> None:
 
 def test_an_empty_history_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = tmp_path / "page.html"
-    for words in (["runs", "list"], ["runs", "best", "--metric", "perplexity/wiki"], ["report", "--out", str(page)], ["watch"]):
+    asked = (["runs", "list"], ["runs", "best", "--metric", "perplexity/wiki"], ["runs", "check", "--rules", RULES])
+    for words in (*asked, ["report", "--out", str(page)], ["watch"]):
         assert status(*words) == 0
         assert "No run is recorded yet" in capsys.readouterr().out
     assert not page.exists()
@@ -313,6 +316,46 @@ def test_runs_words(two_runs: list[str], tmp_path: Path, capsys: pytest.CaptureF
     assert "from the history" in capsys.readouterr().out
     assert status("report", "--out", str(tmp_path / "page.html")) == 0
     assert all(run in (tmp_path / "page.html").read_text() for run in two_runs)
+
+
+def test_runs_check(two_runs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GITHUB_ACTIONS", raising=False)
+    dense, pruned = two_runs
+    rules, sent = tmp_path / "rules.toml", tmp_path / "sent.jsonl"
+    rules.write_text("[[rule]]\nname = 'never off'\nmetric = 'nmse'\ntest_set = 'calibration'\nlimit = 0\n")
+    words = ["runs", "check", "--rules", str(rules)]
+    keep = f"import sys, pathlib; pathlib.Path({str(sent)!r}).open('a').write(sys.stdin.read())"
+    assert status(*words, pruned[:8], "--send", f"{sys.executable} -c {shlex.quote(keep)}") == 1
+    said = capsys.readouterr().out
+    assert f"Version {pruned}" in said and "error    never off: nmse/calibration is " in said and "::error" not in said
+    assert [json.loads(line)["version"] for line in sent.read_text().splitlines()] == [pruned]
+    assert status(*words, "--github", "--send", f"{sys.executable} -c {shlex.quote(keep)}") == 1  # the newest; its alert is not new
+    assert "\n::error title=reconkit%3A never off::" in capsys.readouterr().out and len(sent.read_text().splitlines()) == 1
+    assert status(*words, dense) == 0
+    assert "never off: nmse/calibration: not measured for this version" in capsys.readouterr().out
+    assert status(*words, "--all") == 1
+    said = capsys.readouterr().out
+    assert said.index(dense) < said.index(pruned)
+    rules.write_text(rules.read_text() + "severity = 'warning'\n")
+    monkeypatch.setenv("GITHUB_ACTIONS", "true")
+    assert status(*words) == 0
+    assert "::warning title=" in capsys.readouterr().out
+    for more, says in ((["nobody"], "nobody"), (["--all", pruned], "--all"), (["--send", ""], "--send"), (["--rules", "none.toml"], "none.toml")):
+        assert status(*words, *more) == 2
+        assert says in capsys.readouterr().err
+    rules.write_text("[[rule]]\nname = 'gone'\nmetric = 'nmse'\nagainst = 'v0'\nrelative = 0.1\n")
+    assert status(*words) == 2
+    assert "rule 'gone': against is 'v0'" in capsys.readouterr().err
+
+
+def test_alerts_are_said_where_they_cannot_be_sent(two_runs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rules = tmp_path / "rules.toml"
+    rules.write_text("[[rule]]\nname = 'r'\nmetric = 'nmse'\ntest_set = 'calibration'\nlimit = 0\nseverity = 'warning'\n")
+    assert status("runs", "check", "--rules", str(rules), "--send", "no-such-command") == 1
+    said = capsys.readouterr()
+    assert "warning  r: nmse/calibration is " in said.out
+    why = "no-such-command cannot be started (No such file or directory). They are kept in the history."
+    assert said.err == f"reconkit: The alerts were not sent on: {why}\n"
 
 
 def test_data_shows_and_clears(cache: Path, two_runs: list[str], capsys: pytest.CaptureFixture[str]) -> None:

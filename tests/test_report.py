@@ -63,16 +63,6 @@ def test_best_is_what_no_other_version_beats(history: pd.DataFrame) -> None:
             report.best(table, metric, cost, limit)
 
 
-def test_compare_sets_two_runs_side_by_side() -> None:
-    first = SimpleNamespace(id="aaa", metrics={"perplexity/wiki": 40.0, "perplexity/wiki/low": 39.0, "nmse/wiki": 0.2})
-    second = SimpleNamespace(id="bbb", metrics={"perplexity/wiki": 30.0, "accuracy/boolq": 0.5})
-    table = report.compare(first, second).set_index("metric")
-    assert list(table.index) == ["perplexity/wiki", "nmse/wiki", "accuracy/boolq"]
-    assert table.loc["perplexity/wiki"].to_dict() == {"aaa": 40.0, "bbb": 30.0, "change": -10.0, "relative": "-25.0%"}
-    assert pd.isna(table.loc["nmse/wiki", "change"]) and pd.isna(table.loc["nmse/wiki", "relative"])
-    assert report.compare(first, first)["change"].eq(0).all(), "a run against itself"
-
-
 def test_a_run_and_a_result_are_described_in_full() -> None:
     run = SimpleNamespace(
         id="aaa",
