@@ -84,7 +84,8 @@ def parser() -> Parser:
     page = _word(words, "report", report, "write the dashboard: one HTML page of the whole history")
     page.add_argument("--out", default="report.html", metavar="FILE.html", help="default: %(default)s")
     monitor = _word(words, "watch", watch, "follow the running prunes in the terminal")
-    monitor.add_argument("run", nargs="?", metavar="RUN", help="a process number, or a recorded run; default: everything that is running")
+    named = "a process number, the id or tag of a run that is under way, or a recorded run; default: all that is running"
+    monitor.add_argument("run", nargs="?", metavar="RUN", help=named)
     cached = _word(words, "data", data, "show, fetch or clear what is cached: offline assets, models, runs")
     cached.add_argument("--fetch", action="store_true", help="fetch every offline asset now")
     cached.add_argument("--lm-eval", metavar="DIR", help="write the zero-shot tasks there, for lm-eval's own command line")
@@ -511,9 +512,9 @@ def report(a: argparse.Namespace) -> None:
 
 
 def watch(a: argparse.Namespace) -> None:
-    from . import report
+    from . import monitor
 
-    report.watch(a.run)
+    monitor.watch(a.run)
 
 
 def data(a: argparse.Namespace) -> None:

@@ -149,6 +149,23 @@ def training_curves(training: pd.DataFrame, windows: Sequence[str]) -> np.ndarra
     return axes
 
 
+def course(errors: pd.DataFrame, training: pd.DataFrame, title: str) -> Figure:
+    """A pruning under way: the error after each block so far, and the losses of the window that is trained now.
+
+    Args:
+        errors: block, source, nmse.
+        training: window, epoch, source, loss.
+    """
+    window = training[training.window == training.window.iloc[-1]] if len(training) else training
+    drawn = [(part, *axes) for part, *axes in ((errors, "block", "nmse", ""), (window, "epoch", "loss", "window")) if len(part)]
+    panels = _panels(len(drawn))
+    for ax, (part, x, y, named) in zip(panels, drawn, strict=True):
+        lines(part, x, y, "source", ax=ax, title=f"{named} {part[named].iloc[0]}" if named else "")
+    figure = panels[0].get_figure()
+    figure.suptitle(title, fontsize=8.5, x=0.01, ha="left")
+    return figure
+
+
 def perplexity(data: pd.DataFrame, by: str, rows: str, dense: Mapping[str, float] | None = None) -> np.ndarray:
     """Perplexity with its 95 % interval: a panel for each corpus, a row for each word in `rows`, a colour for each in `by`.
 

@@ -6,9 +6,12 @@ import json
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
+import torch
 from tqdm import tqdm
 
 from .assets import cache_dir
@@ -16,15 +19,24 @@ from .assets import cache_dir
 QUIET = 30.0  # seconds between plain lines where the output is not a terminal
 
 
+ABOUT: dict[str, Any] = {}
+"What is known of the run that this process works on, such as its id and tag."
+
+
 def folder() -> Path:
     """Where running walks leave their state, one file a process."""
     return cache_dir() / "progress"
 
 
+def log(pid: int) -> Path:
+    """Where the walk of a process leaves what it measured: JSON lines of (kind, row), kinds errors, training and said."""
+    return folder() / f"{pid}.jsonl"
+
+
 class Progress:
     """Counts equal steps; shows a bar with an estimate (plain lines off a terminal) and keeps the state on disk.
 
-    The state is {pid, title, done, total, started, updated, seconds_left} and whatever `step` is given.
+    The state is {pid, born, title, done, total, started, updated, seconds_left, rss, gpu} with `ABOUT` and whatever `step` is given.
     """
 
     def __init__(self, title: str, total: int, *, show: bool = True) -> None:
@@ -40,8 +52,11 @@ class Progress:
             ascii=None if terminal else True,
         )
         self.file = folder() / f"{os.getpid()}.json"
+        self.process = psutil.Process()
         self.written = 0.0
         self.facts: dict[str, Any] = {}
+        self.kept: dict[str, int] = {}
+        self._log("")
 
     def step(self, steps: int = 1, **facts: Any) -> None:
         """Count `steps` and say where the walk is."""
@@ -53,9 +68,23 @@ class Progress:
         if time.time() - self.written > 0.5 or self.done >= self.total:
             self._write()
 
+    def keep(self, kind: str, rows: Sequence[Any]) -> None:
+        """Leave the rows of a growing table that are not there yet, for whoever watches."""
+        known = self.kept.get(kind, 0)
+        self.kept[kind] = len(rows)
+        self._log("".join(json.dumps([kind, row]) + "\n" for row in rows[known:]))
+
+    def _log(self, text: str) -> None:
+        try:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            with log(os.getpid()).open("a" if text else "w", encoding="utf-8") as file:
+                file.write(text)
+        except OSError:
+            pass  # as in `_write`
+
     def say(self, text: str) -> None:
-        """A line that stays, above the bar and in the state."""
-        self.facts["said"] = text
+        """A line that stays, above the bar and for whoever watches."""
+        self._log(json.dumps(["said", text]) + "\n")
         if not self.bar.disable:
             self.bar.write(text, file=sys.stderr)
         self._write()
@@ -64,13 +93,17 @@ class Progress:
         now = self.written = time.time()
         rate = (now - self.started) / self.done if self.done else None
         state = {
+            **ABOUT,
             "pid": os.getpid(),
+            "born": self.process.create_time(),
             "title": self.title,
             "done": self.done,
             "total": self.total,
             "started": self.started,
             "updated": now,
             "seconds_left": rate * (self.total - self.done) if rate else None,
+            "rss": self.process.memory_info().rss,
+            "gpu": torch.cuda.memory_allocated() if torch.cuda.is_initialized() else 0,
             **self.facts,
         }
         partial = self.file.with_suffix(".partial")
@@ -87,3 +120,4 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         self.bar.close()
         self.file.unlink(missing_ok=True)
+        log(os.getpid()).unlink(missing_ok=True)

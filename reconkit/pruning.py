@@ -223,6 +223,8 @@ class _Silent(Progress):
 
     def _write(self) -> None: ...
 
+    def _log(self, text: str) -> None: ...
+
 
 def _agreed(runner: Runner, window: range) -> None:
     """All ranks hold the same bits of a window."""
@@ -242,7 +244,8 @@ def _repeats(runner: Runner, config: PruneConfig, precision: str) -> bool:
 
 
 def _say(live: overfit.Live, walk: Walk, bar: Progress) -> None:
-    """Warn the moment that held-out errors part from the calibration's, while there is time to stop."""
+    """Warn the moment that held-out errors part from the calibration's, while there is time to stop; leave the errors for who watches."""
+    bar.keep("errors", walk.errors)
     for text in live.look(walk.errors, walk.training):
         walk.notes.append(text)
         bar.say(text)
@@ -397,8 +400,12 @@ def _train(
     held_out = {s: p for s, p in pairs.items() if s not in ("calibration", "extra")}
     ear = _Ear(runner, window, {s: x for s, (x, _) in held_out.items()} if listen else {}, config.batch_size)
 
+    measured = [*walk.training]
+
     def on_epoch(epoch: int, epochs: int, rows: list[tuple[int, str, float]]) -> None:
         ear.open |= epoch == epochs - 1
+        measured.extend((_label(window), *row) for row in rows)
+        bar.keep("training", measured)
         bar.step(int(epoch > 0), epoch=epoch, loss=rows[0][2])
 
     trained = reconstruct(

@@ -1,16 +1,11 @@
-"""The terminal's tables and its monitor, drawn from the run records and from what running processes leave behind."""
+"""The terminal's tables, drawn from the run records and the history."""
 
 from __future__ import annotations
 
-import json
-import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import psutil
-
-from . import data, progress, runs, testsets, versions
+from . import data, runs, testsets, versions
 from .assets import cache_dir
 from .config import Z95, one_of, require, to_dict
 from .overfit import verdict
@@ -28,7 +23,6 @@ TEXTS = {
     "news": "news stories, another domain",
     "pydocs": "prose of Python's docstrings, a technical domain",
 }
-LONGEST = 40  # characters of a fact in the monitor, whose lines must not wrap
 BOUNDS = ("/low", "/high")
 "Interval ends: in the export, not in the table."
 
@@ -199,77 +193,10 @@ def _pairs(facts: dict[str, Any]) -> str:
     return "\n".join(f"{name:<{width}}  {show(value)}" for name, value in facts.items())
 
 
-def running() -> list[dict[str, Any]]:
-    """The states of the walks that are running now, oldest first."""
-    states = []
-    for file in progress.folder().glob("*.json"):
-        try:
-            state = json.loads(file.read_text())
-        except (OSError, ValueError):  # gone since the listing
-            continue
-        if psutil.pid_exists(state["pid"]):
-            states.append(state)
-    return sorted(states, key=lambda state: state["started"])
-
-
-def line(state: dict[str, Any]) -> str:
-    """One line on a running walk."""
-    left = state.get("seconds_left")
-    facts = {k: v for k, v in state.items() if k not in ("pid", "title", "done", "total", "started", "updated", "seconds_left")}
-    return "  ".join(
-        [
-            f"{state['title']} (process {state['pid']})",
-            f"{state['done'] / max(state['total'], 1):4.0%}",
-            *(f"{k} {show(v)[:LONGEST]}" for k, v in facts.items()),
-            f"{clock(time.time() - state['started'])} so far",
-            f"about {clock(left)} left" if left is not None else "",
-        ]
-    ).rstrip()
-
-
-def watch(run: str | None = None, *, interval: float = 1.0) -> None:
-    """Show the running walks in the terminal until they end; without one, the last recorded runs.
-
-    Args:
-        run: a process number to watch that one only, or a recorded run (id, its beginning, or tag) to show it.
-        interval: seconds between looks.
-
-    Raises:
-        ConfigError: no running walk and no recorded run is called `run`.
-    """
-    watched = _watched(run)
-    if not watched:
-        print(_recorded(run))
-        return
-    shown: list[str] = []
-    while watched:
-        lines = [line(state) for state in watched]
-        if lines != shown:
-            back = f"\x1b[{len(shown)}F\x1b[J" if shown and sys.stdout.isatty() else ""
-            print(back + "\n".join(lines), flush=True)
-            shown = lines
-        time.sleep(interval)
-        watched = _watched(run)
-    print("Done: nothing is running any more.")
-
-
-def _watched(run: str | None) -> list[dict[str, Any]]:
-    return [state for state in running() if run in (None, str(state["pid"]))]
-
-
-def _recorded(run: str | None) -> str:
-    if run is not None:
-        found = runs.find(run)
-        return "\n".join([f"run {found.id}", *(f"  {name}  {show(value)}" for name, value in found.metrics.items())])
-    history = runs.history()
-    if history.empty:
-        return f"Nothing is running. {EMPTY}"
-    return "Nothing is running. The last runs:\n" + text_table(arrange(history).head(5))
-
-
 def text_table(table: DataFrame) -> str:
     """A table for the terminal."""
-    return table.to_string(index=False, na_rep="", formatters=[show] * table.shape[1])
+    whole = table.astype(object).where(table.notna(), "")
+    return whole.to_string(index=False, formatters=[show] * table.shape[1])
 
 
 def clock(seconds: float) -> str:

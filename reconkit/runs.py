@@ -26,7 +26,7 @@ import pandas as pd
 import torch
 from filelock import FileLock
 
-from . import assets, cost, data, evaluation, models, pruning, testsets, versions
+from . import assets, cost, data, evaluation, models, progress, pruning, testsets, versions
 from . import history as store_of
 from .checkpoint import code_hash
 from .config import SELF, ConfigError, OverfitConfig, RunConfig, from_dict, require, to_dict
@@ -220,6 +220,7 @@ def _id(parts: Mapping[str, Any]) -> str:
 def _compute(config: RunConfig, id: str, parts: dict[str, Any], folder: Path) -> None:
     """Do the work and write the whole record into `folder`."""
     started = time.time()
+    progress.ABOUT.update(run=id, tag=config.tag)
     model, tokenizer = models.load_model(config.model, dtype=getattr(torch, config.dtype), device=config.device)
     tested, own, blanks = _test_sets(config, model, tokenizer)  # too little text is said before anything is pruned
     errors, training, notes = pd.DataFrame(columns=ERRORS), pd.DataFrame(columns=TRAINING), []

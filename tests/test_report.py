@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-import threading
-import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 
-from reconkit import progress, report
+from reconkit import report
 from reconkit.config import ConfigError, PruneConfig, RunConfig
 
 
@@ -113,48 +106,3 @@ def test_an_evaluation_record_is_shown_without_its_per_sequence_values() -> None
     row = {"corpus": "wiki", "split": "test", "length": 256, "tokens": 8160, "value": 26.5, "low": 25.0, "high": 28.0, "nll": [3.25, 3.5]}
     said = report.evaluation({"model": "tiny", "perplexity": [row], "zero_shot": [], "speed": None, "size": {"parameters": 134515008}, "cost": {}})
     assert "wiki" in said and "26.5" in said and "parameters" in said and "134,515,008" in said and "3.25" not in said
-
-
-def write_state(pid: int, **facts: object) -> Path:
-    file = progress.folder() / f"{pid}.json"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    state = {"pid": pid, "title": "BR+GP wanda", "done": 3, "total": 12, "started": time.time() - 65, "updated": time.time(), "seconds_left": 190.0}
-    file.write_text(json.dumps(state | facts))
-    return file
-
-
-def test_running_walks_are_listed_and_dead_ones_are_not() -> None:
-    with subprocess.Popen([sys.executable, "-c", ""]) as ended:
-        ended.wait()
-    write_state(ended.pid)
-    write_state(os.getpid(), block=7, loss=0.01234567)
-    (progress.folder() / "cut.json").write_text('{"pid": ')
-    [state] = report.running()
-    assert state["pid"] == os.getpid()
-    said = report.line(state)
-    for text in ("BR+GP wanda", "25%", "block 7", "loss 0.01235", "1:05 so far", "about 3:10 left"):
-        assert text in said
-
-
-def test_watch_follows_a_walk_to_its_end(capsys: pytest.CaptureFixture[str]) -> None:
-    file = write_state(os.getpid(), block=1)
-    steps = [threading.Timer(0.3, write_state, [os.getpid()], {"done": 9, "block": 5}), threading.Timer(0.6, file.unlink)]
-    for step in steps:
-        step.start()
-    report.watch(interval=0.05)
-    said = capsys.readouterr().out
-    assert "25%" in said and "75%" in said and "block 5" in said and said.strip().endswith("nothing is running any more.")
-
-
-def test_watch_sees_what_a_real_walk_writes(capsys: pytest.CaptureFixture[str]) -> None:
-    with progress.Progress("LR magnitude", 4, show=False) as bar:
-        bar.step(block=0)
-        [state] = report.running()
-    assert state["title"] == "LR magnitude" and "block 0" in report.line(state)
-    assert not report.running()
-
-
-def test_watch_without_a_walk_shows_the_last_runs(history: pd.DataFrame, capsys: pytest.CaptureFixture[str]) -> None:
-    report.watch()
-    said = capsys.readouterr().out
-    assert said.startswith("Nothing is running.") and said.index("bbb") < said.index("aaa")
