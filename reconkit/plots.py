@@ -145,7 +145,7 @@ def training_curves(training: pd.DataFrame, windows: Sequence[str]) -> np.ndarra
     for ax, window in zip(axes, windows, strict=True):
         lines(chosen[chosen.window == window], "epoch", "relative", "source", ax=ax, log=False, title=f"block {window}")
         ax.set_ylabel("loss / loss before training" if ax is axes[0] else "")
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     return axes
 
 
@@ -160,7 +160,7 @@ def course(errors: pd.DataFrame, training: pd.DataFrame, title: str) -> Figure:
     drawn = [(part, *axes) for part, *axes in ((errors, "block", "nmse", ""), (window, "epoch", "loss", "window")) if len(part)]
     panels = _panels(len(drawn))
     for ax, (part, x, y, named) in zip(panels, drawn, strict=True):
-        lines(part, x, y, "source", ax=ax, title=f"{named} {part[named].iloc[0]}" if named else "")
+        lines(part, x, y, "source", ax=ax, title=f"{named} {part[named].iloc[0]}" if named else "").set_ylabel(y.upper() if y == "nmse" else y)
     figure = panels[0].get_figure()
     figure.suptitle(title, fontsize=8.5, x=0.01, ha="left")
     return figure
@@ -415,7 +415,7 @@ def _axes(ax: Axes, x: str, y: str, log: bool) -> None:
     if log:
         _plain_log(ax, "y")
     if x in ("block", "epoch"):
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
 
 def _plain_log(ax: Axes, axis: str) -> None:

@@ -56,7 +56,7 @@ class Progress:
         self.written = 0.0
         self.facts: dict[str, Any] = {}
         self.kept: dict[str, int] = {}
-        self._log("")
+        self._log("", "w")
 
     def step(self, steps: int = 1, **facts: Any) -> None:
         """Count `steps` and say where the walk is."""
@@ -74,10 +74,10 @@ class Progress:
         self.kept[kind] = len(rows)
         self._log("".join(json.dumps([kind, row]) + "\n" for row in rows[known:]))
 
-    def _log(self, text: str) -> None:
+    def _log(self, text: str, mode: str = "a") -> None:
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            with log(os.getpid()).open("a" if text else "w", encoding="utf-8") as file:
+            with log(os.getpid()).open(mode, encoding="utf-8") as file:
                 file.write(text)
         except OSError:
             pass  # as in `_write`

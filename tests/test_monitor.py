@@ -74,6 +74,7 @@ def test_a_late_watcher_sees_the_whole_course_and_leaves_the_run_alone(tmp_path:
     assert "BR+GP wanda" in said and "loss of window" in said and "pydocs" in said
     [state] = monitor.running()
     errors, training, _ = monitor.course(state)
+    assert errors.block.tolist() == [b for b in range(errors.block.nunique()) for _ in range(2)]
     assert training.epoch.iloc[0] == 0 and set(training.source) == {"calibration", "pydocs"} and state["rss"] > 1e7
     watcher.send_signal(signal.SIGINT)
     rest = watcher.communicate(timeout=30)[0]

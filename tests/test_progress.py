@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import sys
 
 import pytest
@@ -46,3 +47,16 @@ def test_a_full_disk_does_not_end_the_work(monkeypatch: pytest.MonkeyPatch) -> N
     with progress.Progress("LR", 2, show=False) as bar:
         bar.step(2)
     assert bar.done == 2
+
+
+def test_tables_are_left_row_by_row_and_once() -> None:
+    with progress.Progress("BR", 4, show=False) as bar:
+        rows: list[tuple[int, str]] = []
+        for block in range(3):
+            rows.append((block, "wiki"))
+            bar.keep("errors", rows)
+            bar.keep("errors", rows)
+        bar.say("careful")
+        kept = [json.loads(line) for line in progress.log(os.getpid()).read_text().splitlines()]
+        assert kept == [*(["errors", [block, "wiki"]] for block in range(3)), ["said", "careful"]]
+    assert not list(progress.folder().glob("*"))
