@@ -6,15 +6,12 @@ import html
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 
 from . import plots, report, versions
 from .runs import Run
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 KINDS = {"perplexity": "perplexity, relative", "accuracy": "accuracy, in points", "nmse": "NMSE after the last block, relative"}
 COLUMNS = ["version", "kind", "set", "value", "other", "change", "low", "high", "paired", "said"]
@@ -139,7 +136,7 @@ def _escaped(part: str) -> str:
     return html.escape(visible(part))
 
 
-def overlay(runs: Sequence[Run]) -> Axes:
+def overlay(runs: Sequence[Run]) -> Any:
     """The NMSE after each block on the calibration samples, a line a version."""
     errors = pd.concat([run.errors[run.errors.source == "calibration"].assign(version=name(run)) for run in runs])
     return plots.error_by_block(errors, by="version")

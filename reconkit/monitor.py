@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import shutil
 import sys
@@ -117,7 +116,6 @@ def live(run: str | None = None, *, interval: float = 2.0, wait: float = 60.0) -
     Raises:
         ConfigError: nothing has begun by then.
     """
-    import matplotlib.pyplot as plt
     from IPython.display import Image, display
 
     from . import plots
@@ -132,11 +130,7 @@ def live(run: str | None = None, *, interval: float = 2.0, wait: float = 60.0) -
         while watched:
             errors, training, _ = course(watched[0])
             if len(errors) or len(training):
-                figure = plots.course(errors, training, "\n".join(line.strip() for line in lines(watched[0])))
-                picture = io.BytesIO()
-                figure.savefig(picture, format="png")
-                plt.close(figure)
-                shown = Image(picture.getvalue())
+                shown = Image(plots.as_png(plots.course(errors, training, "\n".join(line.strip() for line in lines(watched[0])))))
                 handle = display(shown, display_id=True) if handle is None else handle.update(shown) or handle
             time.sleep(interval)
             watched = running(run)

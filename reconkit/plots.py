@@ -94,6 +94,14 @@ def as_svg(ax: Axes) -> str:
     return out.getvalue()[out.getvalue().index("<svg") :]
 
 
+def as_png(figure: Figure) -> bytes:
+    """The figure as a PNG; it is closed."""
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png")
+    plt.close(figure)
+    return picture.getvalue()
+
+
 def looks(by: str, words: Sequence[Any]) -> dict[Any, dict[str, Any]]:
     """Colour, marker and dash of each word, the same in every figure."""
     known = [*ORDER.get(by, ()), *(w for w in words if w not in ORDER.get(by, ()))]
@@ -216,7 +224,7 @@ def changes(data: pd.DataFrame, by: str, rows: str = "set", *, label: str = "cha
     ax.axvline(0, color=INK, linewidth=0.8)
     ax.set_yticks(range(len(words)), [NAMES.get(w, str(w)) for w in words])
     ax.set_xlabel(label)
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:+.3g}%" if value else "0"))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:+,.5g}%" if value else "0"))
     ax.margins(y=0.12)
     ax.invert_yaxis()
     if len(kinds) > 1:

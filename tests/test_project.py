@@ -152,7 +152,7 @@ def test_version_is_the_projects() -> None:
 def test_only_the_right_rooms_know() -> None:
     """Who may import what: house rules that a reader can rely on."""
     owners = {"matplotlib": {"plots"}, "seaborn": {"plots"}, "papermill": {"suite"}, "lm_eval": {"zeroshot"}, "datasets": {"data"}}
-    owners |= {"ray": {"cluster"}, "pynvml": {"cost"}}
+    owners |= {"ray": {"cluster"}, "pynvml": {"cost"}, "sqlite3": {"history"}, "plotly": {"dashboard"}}
     for file in sorted((ROOT / "reconkit").glob("*.py")):
         imported = set(re.findall(r"^\s*(?:import|from) (\w+)", file.read_text(), flags=re.M))
         wrong = [library for library, allowed in owners.items() if library in imported and file.stem not in allowed]
