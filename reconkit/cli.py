@@ -197,11 +197,10 @@ def _suite_words(word: argparse.ArgumentParser) -> None:
     start.add_argument("--address", metavar="HOST:PORT", help="of a Ray cluster, or auto; default: a Ray is started here for the while")
     start.add_argument("--dry-run", action="store_true", help="check everything, say what would run, and run nothing")
     start.add_argument("--force", action="store_true", help="run what is unchanged, too")
-    for name, call, text in (
-        ("status", suite_status, "show the state of each entry of a manifest"),
-        ("publish", suite_publish, "copy normalised notebooks, figures and data to papermill_runs/published/"),
-    ):
-        _word(words, name, call, text).add_argument("manifest", metavar="NAME.toml")
+    _word(words, "status", suite_status, "show the state of each entry of a manifest").add_argument("manifest", metavar="NAME.toml")
+    shown = _word(words, "publish", suite_publish, "copy normalised notebooks, figures and data to papermill_runs/published/")
+    shown.add_argument("manifest", metavar="NAME.toml")
+    shown.add_argument("--only", metavar="GLOB", help="only the entries whose name matches; the others stay published as they are")
     new = _word(words, "new", suite_new, "write a manifest to start from")
     new.add_argument("manifest", metavar="NAME.toml")
 
@@ -412,7 +411,7 @@ def suite_status(a: argparse.Namespace) -> None:
 def suite_publish(a: argparse.Namespace) -> None:
     from . import suite
 
-    suite.publish(a.manifest)
+    suite.publish(a.manifest, a.only)
 
 
 def suite_new(a: argparse.Namespace) -> None:

@@ -547,14 +547,18 @@ def _normalised(notebook: Any) -> Any:
     return notebook
 
 
-def publish(manifest: str | Path) -> None:
+def publish(manifest: str | Path, only: str | None = None) -> None:
     """Copy a whole, current suite for reading to `published/<suite>/`: normalised notebooks, figures, data, numbers.
+
+    Args:
+        only: a pattern of entries; the others stay published as they are.
 
     Raises:
         ConfigError: an entry is missing, failed or changed since; nothing is copied.
     """
     suite, platform = load_manifest(manifest), runs.platform_key()
-    stale = [f"{e.name} ({s})" for e in suite.entries if (s := _state(suite, e, key(e, platform))) != "unchanged"]
+    chosen = _chosen(suite, only)
+    stale = [f"{e.name} ({s})" for e in chosen if (s := _state(suite, e, key(e, platform))) != "unchanged"]
     if stale:
         raise ConfigError(f"{suite.name} is not whole: {', '.join(stale)}; run it first with: reconkit suite run {manifest}")
     home = suite.folder.parent / PUBLISHED
@@ -562,6 +566,9 @@ def publish(manifest: str | Path) -> None:
     staging = Path(tempfile.mkdtemp(prefix=".publish-", dir=home))
     staging.chmod(0o755)
     for e in suite.entries:
+        if e not in chosen and (home / suite.name / e.name).is_dir():
+            shutil.copytree(home / suite.name / e.name, staging / e.name)
+    for e in chosen:
         source, to = suite.folder / e.name, staging / e.name
         to.mkdir()
         nbformat.write(_normalised(_read(source / "notebook.ipynb")), to / "notebook.ipynb")
@@ -573,7 +580,7 @@ def publish(manifest: str | Path) -> None:
                 shutil.copy(source / file, to / file)
     _replace(staging, home / suite.name)
     index(suite)
-    print(f"Published {len(suite.entries)} runs in {os.path.relpath(home / suite.name)}.")
+    print(f"Published {len(chosen)} runs in {os.path.relpath(home / suite.name)}.")
 
 
 def compared(suite: Suite) -> pd.DataFrame:

@@ -196,6 +196,12 @@ def test_a_suite_from_first_run_to_publication(home: Path, monkeypatch: pytest.M
     assert suite.run(file, only="01*", force=True) == 0 and started == ["00_one", "01_two"]
     suite.publish(file)
     assert {p: p.read_bytes() for p in published.rglob("*") if p.is_file()} == first, "two equal executions publish the same bytes"
+    shutil.move(folder / "00_one", home / "away")
+    with pytest.raises(ConfigError, match=r"00_one \(new\)"):
+        suite.publish(file)
+    suite.publish(file, only="01*")
+    assert {p: p.read_bytes() for p in published.rglob("*") if p.is_file()} == first, "what is not asked for stays as it was"
+    shutil.move(home / "away", folder / "00_one")
     shutil.copy(published / "00_one" / "metrics.json", whole / "metrics.json")  # 2 instead of the published 3
     table = suite.compared(suite.load_manifest(file)).set_index(["run", "metric"])
     assert table.loc[("00_one", "value"), "reproduced"] == "yes" and table.loc[("01_two", "value"), "reproduced"] == "no"
