@@ -219,9 +219,10 @@ def _tiles(known: pd.DataFrame, rows: pd.DataFrame, alerts: pd.DataFrame) -> str
     newest = known.iloc[-1]
     own = rows[rows.number == newest.number]
     fired = alerts[alerts.number == newest.number].severity.value_counts()
+    count = {word: f"{n} {word}{'s' * (n != 1)}" for word in ("error", "warning") for n in [fired.get(word, 0)]}
     tiles = [("newest version", newest["name"], f"{show(newest.technique)} {show(newest.criterion)}".strip())]
     tiles.append(("verdict", show(newest.verdict) or "not pruned", ""))
-    tiles.append(("alerts", f"{fired.get('error', 0)} errors", f"{fired.get('warning', 0)} warnings"))
+    tiles.append(("alerts", count["error"], count["warning"]))
     beside = _beside(known, rows)
     for metric, test_set in (("perplexity", None), ("accuracy", None), ("nmse", "calibration"), ("gap", None), ("seconds", "prune")):
         part = own[(own.metric == metric) & ((own.test_set == test_set) if test_set else True)]
@@ -337,6 +338,7 @@ nav a { margin-right: 1rem; }
 @media print {
   .filter, nav { display: none; } .wide { overflow: visible; max-height: none; border: 0; } table { font-size: 0.6rem; }
   td, th, th button { white-space: normal; overflow-wrap: anywhere; padding: 0.1rem 0.2rem; } .charts { display: block; }
+  #table-versions :is(td, th):nth-child(n + 15) { display: none; } h2 { break-after: avoid-page; }
   section { break-inside: avoid-page; } #versions, #comparison, #alerts, #environment { break-inside: auto; }
 }
 </style>
