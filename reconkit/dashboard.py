@@ -219,7 +219,7 @@ def _tiles(known: pd.DataFrame, rows: pd.DataFrame, alerts: pd.DataFrame) -> str
     newest = known.iloc[-1]
     own = rows[rows.number == newest.number]
     fired = alerts[alerts.number == newest.number].severity.value_counts()
-    count = {word: f"{n} {word}{'s' * (n != 1)}" for word in ("error", "warning") for n in [fired.get(word, 0)]}
+    count = {word: f"{n} {word}{'s' * (n != 1)}" for word in ("error", "warning") for n in [int(fired.get(word, 0))]}
     tiles = [("newest version", newest["name"], f"{show(newest.technique)} {show(newest.criterion)}".strip())]
     tiles.append(("verdict", show(newest.verdict) or "not pruned", ""))
     tiles.append(("alerts", count["error"], count["warning"]))
