@@ -534,8 +534,11 @@ def tag(run: str, tag: str) -> None:
         if other.config.tag == tag and other.id != chosen.id:
             (other.folder / "tag").unlink()
     (chosen.folder / "tag").write_text(tag, encoding="utf-8")
-    with open_history() as store:
-        store.tag(tag, chosen.id)
+    try:
+        with open_history() as store:
+            store.tag(tag, chosen.id)
+    except (OSError, RuntimeError) as error:
+        print(f"The run {chosen.id} is called {tag}, but not in the history: {error}", file=sys.stderr)
 
 
 def _check_tag(tag: str) -> None:

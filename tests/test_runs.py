@@ -389,7 +389,8 @@ def test_an_unknown_parent_is_refused_before_work(monkeypatch: pytest.MonkeyPatc
 
 def test_a_history_that_cannot_be_written_loses_no_run(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (cache / "history.sqlite").write_bytes(b"something else" * 1000)
-    found = runs.run(config())
-    assert (found.folder / "record.json").is_file() and f"The run {found.id} is recorded, but not in the history" in capsys.readouterr().err
+    found, said = runs.run(config(tag="mine")), capsys.readouterr().err
+    assert (found.folder / "record.json").is_file() and runs.find("mine").id == found.id
+    assert f"The run {found.id} is recorded, but not in the history" in said and f"The run {found.id} is called mine, but not" in said
     (cache / "history.sqlite").unlink()
     assert list(runs.history().id) == [found.id], "a new history begins from the records"
