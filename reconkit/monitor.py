@@ -24,7 +24,9 @@ def running(run: str | None = None) -> list[dict[str, Any]]:
     for file in progress.folder().glob("*.json"):
         try:
             state = json.loads(file.read_text())
-            if abs(psutil.Process(state["pid"]).create_time() - state["born"]) < SAME:  # else another process has the number now
+            process = psutil.Process(state["pid"])
+            same = abs(process.create_time() - state["born"]) < SAME  # else another process has the number now
+            if same and process.status() != psutil.STATUS_ZOMBIE:  # killed, and its parent has not asked yet
                 states.append(state)
         except (OSError, ValueError, KeyError, psutil.Error):  # gone since the listing, or left by a killed process
             continue
@@ -63,9 +65,11 @@ def lines(state: dict[str, Any]) -> list[str]:
         losses = [f"{source} {report.show(now)} (from {report.show(first)})" for source, now, first in by_source]
         found.append(f"  loss of window {window.window.iloc[-1]}: {', '.join(losses)}")
     if len(errors):
-        last = errors[errors.block == errors.block.max()]
-        found.append(f"  NMSE after block {last.block.iloc[0]}: " + ", ".join(f"{r.source} {report.show(r.nmse)}" for r in last.itertuples()))
-    left = f", about {report.clock(state['seconds_left'])} left" if state.get("seconds_left") is not None else ""
+        by_source = [(source, part.nmse.tolist()) for source, part in errors.groupby("source", sort=False)]
+        told = [f"{source} {report.show(now)}" + (f" ({report.show(before[-1])} before)" if before else "") for source, (*before, now) in by_source]
+        found.append(f"  NMSE after block {errors.block.max()}: {', '.join(told)}")
+    left = state.get("seconds_left")
+    left = "" if left is None else f", about {report.clock(max(left - (time.time() - state['updated']), 0))} left"
     memory = ", ".join(f"{report.size(state[k])} {word}" for k, word in (("rss", "RAM"), ("gpu", "GPU")) if state.get(k))
     found.append(f"  {memory or 'memory unknown'}; {report.clock(time.time() - state['started'])} so far{left}")
     return found + [f"  warning: {text}" for text in said]
@@ -89,8 +93,9 @@ def watch(run: str | None = None, *, interval: float = 1.0) -> None:
     try:
         while watched:
             shown = [line for state in watched for line in lines(state)]
-            width = shutil.get_terminal_size().columns
             if terminal:
+                width, rows = shutil.get_terminal_size()
+                shown = shown[: rows - 1]  # what has left the screen cannot be drawn anew
                 back = f"\x1b[{height}F\x1b[J" if height else ""
                 print(back + "\n".join(line[: width - 1] for line in shown), flush=True)
                 height = len(shown)

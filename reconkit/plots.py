@@ -7,6 +7,7 @@ lightness, in grey print; markers and dashes say the same once more.
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -163,6 +164,7 @@ def course(errors: pd.DataFrame, training: pd.DataFrame, title: str) -> Figure:
     Args:
         errors: block, source, nmse.
         training: window, epoch, source, loss.
+        title: lines above the panels; those too long for these are broken.
     """
     window = training[training.window == training.window.iloc[-1]] if len(training) else training
     drawn = [(part, *axes) for part, *axes in ((errors, "block", "nmse", ""), (window, "epoch", "loss", "window")) if len(part)]
@@ -170,7 +172,8 @@ def course(errors: pd.DataFrame, training: pd.DataFrame, title: str) -> Figure:
     for ax, (part, x, y, named) in zip(panels, drawn, strict=True):
         lines(part, x, y, "source", ax=ax, title=f"{named} {part[named].iloc[0]}" if named else "").set_ylabel(y.upper() if y == "nmse" else y)
     figure = panels[0].get_figure()
-    figure.suptitle(title, fontsize=8.5, x=0.01, ha="left")
+    broken = [part for line in title.splitlines() for part in textwrap.wrap(line, 50 * len(drawn))]
+    figure.suptitle("\n".join(broken), fontsize=8.5, x=0.01, ha="left")
     return figure
 
 

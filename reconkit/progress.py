@@ -54,14 +54,19 @@ class Progress:
         self.file = folder() / f"{os.getpid()}.json"
         self.process = psutil.Process()
         self.written = 0.0
+        self.before: int | None = None
         self.facts: dict[str, Any] = {}
         self.kept: dict[str, int] = {}
         self._log("", "w")
 
     def step(self, steps: int = 1, **facts: Any) -> None:
-        """Count `steps` and say where the walk is."""
+        """Count `steps` and say where the walk is. A first call without facts counts what was done before: the estimate leaves it out."""
         self.done += steps
         self.facts.update(facts)
+        if self.before is None:
+            self.before = 0 if facts else steps
+            self.bar.initial = self.bar.n = self.before
+            steps -= self.before
         self.bar.update(steps)
         if facts:
             self.bar.set_postfix({k: f"{v:.3g}" if isinstance(v, float) else v for k, v in facts.items()}, refresh=False)
@@ -91,7 +96,8 @@ class Progress:
 
     def _write(self) -> None:
         now = self.written = time.time()
-        rate = (now - self.started) / self.done if self.done else None
+        here = self.done - (self.before or 0)
+        rate = (now - self.started) / here if here else None
         state = {
             **ABOUT,
             "pid": os.getpid(),

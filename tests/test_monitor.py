@@ -59,11 +59,12 @@ def test_dead_processes_and_numbers_used_again_are_not_running() -> None:
     for name in (str(os.getpid()), "abcdef", "abc", "mine"):
         assert monitor.running(name) == [state]
     assert monitor.running("other") == []
-    rows = [["errors", [6, "wiki", 0.1, 0.02]], ["training", ["7", 0, "calibration", 0.5]], ["said", "news parts"]]
+    rows = [["errors", [b, "wiki", 0.1, nmse]] for b, nmse in ((5, 0.01), (6, 0.02))]
+    rows += [["training", ["7", 0, "calibration", 0.5]], ["said", "news parts"]]
     progress.log(os.getpid()).write_text("".join(json.dumps(row) + "\n" for row in rows) + '["err')
     said = "\n".join(monitor.lines(state))
     for text in ("BR+GP wanda", "25%", "block 7  epoch 2", "1.5 GB RAM", "1:05 so far, about 3:10 left", "mine",
-                 "loss of window 7: calibration 0.5 (from 0.5)", "NMSE after block 6: wiki 0.02", "warning: news parts"):  # fmt: skip
+                 "loss of window 7: calibration 0.5 (from 0.5)", "NMSE after block 6: wiki 0.02 (0.01 before)", "warning: news parts"):  # fmt: skip
         assert text in said, text
 
 
@@ -85,6 +86,16 @@ def test_a_late_watcher_sees_the_whole_course_and_leaves_the_run_alone(tmp_path:
     assert monitor.running() == [], "what a killed run leaves is not running"
 
 
+def test_a_killed_child_that_nobody_waited_for_is_not_running(tmp_path: Path) -> None:
+    process = pruning(tmp_path, "--epochs", "400")
+    process.kill()
+    until = time.time() + 10
+    while psutil.Process(process.pid).status() != psutil.STATUS_ZOMBIE and time.time() < until:
+        time.sleep(0.01)
+    assert (progress.folder() / f"{process.pid}.json").exists() and monitor.running() == []
+    process.wait()
+
+
 def test_it_ends_with_the_run_and_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     process = pruning(tmp_path, "--epochs", "30")
     monitor.watch(str(process.pid), interval=0.05)
@@ -94,23 +105,25 @@ def test_it_ends_with_the_run_and_leaves_nothing(tmp_path: Path, capsys: pytest.
     assert process.returncode == 0 and not list(progress.folder().glob("*"))
 
 
-def test_lines_are_cut_to_a_narrow_terminal() -> None:
+@pytest.mark.parametrize(("rows", "shown"), [(24, 6), (4, 3)])
+def test_lines_are_cut_to_a_small_terminal(rows: int, shown: int) -> None:
     write_state(os.getpid(), run="x" * 200)
+    progress.log(os.getpid()).write_text("".join(json.dumps(["said", f"news parts {i}"]) + "\n" for i in range(4)))
     main, side = pty.openpty()
     import fcntl
     import struct
     import termios
 
-    fcntl.ioctl(side, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 40, 0, 0))
+    fcntl.ioctl(side, termios.TIOCSWINSZ, struct.pack("HHHH", rows, 40, 0, 0))
     environment = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES")}
     watcher = subprocess.Popen([sys.executable, "-m", "reconkit", "watch"], stdout=side, env=environment)
     said = b""
-    while said.count(b"\n") < 4:
+    while not (frames := re.split(rb"\x1b\[(\d+)F\x1b\[J", said))[2:]:
         said += os.read(main, 4096)
     watcher.kill()
     watcher.wait()
-    plain = re.sub(rb"\x1b\[[0-9]*[A-Z]|\r", b"", said)
-    assert all(len(line) < 40 for line in plain.split(b"\n")) and b"BR+GP" in plain
+    first, height = frames[0].replace(b"\r", b""), int(frames[1])
+    assert first.count(b"\n") == height == shown and all(len(line) < 40 for line in first.split(b"\n")) and b"BR+GP" in first
 
 
 def test_without_a_walk_it_shows_what_was_recorded(capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,6 +23,16 @@ def test_the_state_is_on_disk_while_it_runs_and_gone_afterwards() -> None:
     assert not list(progress.folder().glob("*"))
 
 
+def test_what_was_done_before_does_not_count_as_fast() -> None:
+    with progress.Progress("BR wanda", 1000, show=False) as bar:
+        bar.step(900)
+        bar.started -= 60
+        bar.step(10, block=3)
+        bar._write()
+        state = json.loads(bar.file.read_text())
+        assert state["done"] == 910 and state["seconds_left"] == pytest.approx(540, rel=0.01), "6 s a step, 90 to go"
+
+
 def test_off_a_terminal_lines_are_plain_and_few(monkeypatch: pytest.MonkeyPatch) -> None:
     out = io.StringIO()
     monkeypatch.setattr(sys, "stderr", out)
@@ -44,7 +54,10 @@ def test_a_full_disk_does_not_end_the_work(monkeypatch: pytest.MonkeyPatch) -> N
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(progress.Path, "write_text", full)
+    monkeypatch.setattr(progress.Path, "open", full)
     with progress.Progress("LR", 2, show=False) as bar:
+        bar.keep("errors", [(0, "wiki", 0.1, 0.02)])
+        bar.say("careful")
         bar.step(2)
     assert bar.done == 2
 
