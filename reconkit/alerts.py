@@ -38,6 +38,7 @@ import numpy as np
 import pandas as pd
 
 from .config import Z95, ConfigError, require
+from .history import called
 from .rules import REFERENCES, SEVERITIES, VERDICTS, Rule, better, matches
 from .rules import load_rules as load_rules
 from .versions import HARDWARE, SHARES, name_of
@@ -127,11 +128,7 @@ def check(history: Store | tuple[pd.DataFrame, pd.DataFrame], version: str | int
 
 def _find(versions: pd.DataFrame, name: Any, field: str, possible: str) -> pd.Series:
     """The last row of the version with that number, tag, id or beginning of an id."""
-    if isinstance(name, int):
-        found = versions[versions.number == name]
-    else:
-        tries = (versions.tag == name, versions.version == name, versions.version.str.startswith(name))
-        found = next((versions[hit] for hit in tries if name and hit.any()), versions[:0])
+    found = versions[versions.number == name] if isinstance(name, int) else called(versions, name)
     recent = ", ".join(dict.fromkeys(str(n) for n in versions["name"].iloc[:-6:-1]))
     require(found.version.nunique() == 1, field, name, f"{possible}the last versions are {recent}")
     return found.iloc[-1]
@@ -308,13 +305,6 @@ def _alert(rule: Rule, own: pd.Series, row: pd.Series, message: str, **facts: An
         "message": _line(message),
         **facts,
     }
-
-
-def keep(store: Store, report: Report) -> list[dict[str, Any]]:
-    """Append to the history what it does not hold yet of the alerts of this version, and return that."""
-    from .history import now
-
-    return [dict(row) for row in store.add_alerts([{"created": now(), **row} for row in report.fired])]
 
 
 def describe(report: Report) -> str:

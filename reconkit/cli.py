@@ -431,9 +431,8 @@ def runs_list(a: argparse.Namespace) -> None:
 def runs_show(a: argparse.Namespace) -> None:
     from . import report, runs
 
-    id = runs.version_of(a.run)
-    known = {run.id: run for run in runs.records()}
-    print(report.describe(known[id]) if id in known else report.remembered(runs.history(), id))
+    run = runs.recorded(id := runs.version_of(a.run))
+    print(report.describe(run) if run else report.remembered(runs.history(), id))
 
 
 def runs_compare(a: argparse.Namespace) -> None:
@@ -443,9 +442,10 @@ def runs_compare(a: argparse.Namespace) -> None:
     from . import comparison, runs
 
     against, others = runs.find(a.first), [runs.find(name) for name in a.others]
-    print(comparison.in_terminal(others, against))
+    found = comparison.table(others, against)
+    print(comparison.in_terminal(found, others, against))
     if a.out:
-        _write(Path(a.out), comparison.page(others, against))
+        _write(Path(a.out), comparison.page(found, others, against))
 
 
 def runs_best(a: argparse.Namespace) -> None:
@@ -474,7 +474,7 @@ def runs_check(a: argparse.Namespace) -> int:
             return 0
         asked = [int(number) for number in history[0].number] if a.all else [a.run]
         reports = [alerts.check(history, version, rules) for version in asked]
-        new = [alert for found in reports for alert in alerts.keep(store, found)]
+        new = [alert for found in reports for alert in store.add_alerts(found.fired)]
     print("\n\n".join(map(alerts.describe, reports)))
     if a.github or os.environ.get("GITHUB_ACTIONS") == "true":
         print("\n".join(filter(None, map(alerts.annotations, reports))))

@@ -13,7 +13,7 @@ import pandas as pd
 from . import plots, report, versions
 from .runs import Run
 
-KINDS = {"perplexity": "perplexity, relative", "accuracy": "accuracy, in points", "nmse": "NMSE after the last block, relative"}
+KINDS = ("perplexity", "accuracy", "nmse")
 COLUMNS = ["version", "kind", "set", "value", "other", "change", "low", "high", "paired", "said"]
 
 
@@ -66,18 +66,17 @@ def _said(change: float, low: float | None, high: float | None, direction: str) 
     return "better" if (change < 0) == (direction == "lower") else "worse"
 
 
-def notes(others: Sequence[Run], against: Run) -> list[str]:
-    """What to know before reading the table."""
-    found = []
+def notes(found: pd.DataFrame, others: Sequence[Run], against: Run) -> list[str]:
+    """What to know before reading the table that was `found`."""
+    said = []
     for run in others:
         if run.config.model != against.config.model:
-            found.append(f"{name(run)} is of {run.config.model}, {name(against)} of {against.config.model}: only what both answered compares.")
-    unpaired = table(others, against)
-    unpaired = unpaired[~unpaired.paired & (unpaired.kind != "nmse")]
+            said.append(f"{name(run)} is of {run.config.model}, {name(against)} of {against.config.model}: only what both answered compares.")
+    unpaired = found[~found.paired & (found.kind != "nmse")]
     if len(unpaired):
         sets = ", ".join(dict.fromkeys(unpaired.set))
-        found.append(f"Other items were answered on {sets}: the intervals are of both standard errors, and wide.")
-    return found
+        said.append(f"Other items were answered on {sets}: the intervals are of both standard errors, and wide.")
+    return said
 
 
 def fork(first: dict[str, Any], second: dict[str, Any]) -> Fork:
@@ -142,36 +141,31 @@ def overlay(runs: Sequence[Run]) -> Any:
     return plots.error_by_block(errors, by="version")
 
 
-def in_terminal(others: Sequence[Run], against: Run) -> str:
-    """The table, what to know of it, and where the versions begin to write something else."""
-    found = table(others, against)
-    shown = found.assign(change=[_shown(*row) for row in found[["kind", "change", "low", "high"]].itertuples(index=False)])
-    columns = ["version", "kind", "set", "other", "value", "change", "said"]
-    parts = [report.text_table(shown[columns].rename(columns={"other": name(against)})) if len(found) else "They answered no test set in common."]
-    parts += notes(others, against)
+def _shown(found: pd.DataFrame, against: Run) -> pd.DataFrame:
+    """The table as it is read, changes and their intervals as text."""
+    change = [report.changed(*row) for row in found[["kind", "change", "low", "high"]].itertuples(index=False)]
+    shown = found.assign(change=change)[["version", "kind", "set", "other", "value", "change", "paired", "said"]]
+    return shown.rename(columns={"other": name(against)})
+
+
+def in_terminal(found: pd.DataFrame, others: Sequence[Run], against: Run) -> str:
+    """The table that was `found`, what to know of it, and where the versions begin to write something else."""
+    parts = [report.text_table(_shown(found, against).drop(columns="paired")) if len(found) else "They answered no test set in common."]
+    parts += notes(found, others, against)
     parts += [text(forks, name(against), name(run)) for run in others if (forks := generations(against, run))]
     return "\n\n".join(parts)
 
 
-def _shown(kind: str, change: float, low: float, high: float) -> str:
-    scale, unit = (100, " points") if kind in versions.SHARES else (100, " %")
-    interval = f" ({scale * low:+.1f} to {scale * high:+.1f})" if low == low else ""
-    return f"{scale * change:+.1f}{unit}{interval}"
-
-
-def page(others: Sequence[Run], against: Run) -> str:
-    """One self-contained HTML page: table, pictures, generations; every text of a run is escaped."""
-    found = table(others, against)
-    shown = found.assign(change=[_shown(*row) for row in found[["kind", "change", "low", "high"]].itertuples(index=False)])
-    columns = ["version", "kind", "set", "other", "value", "change", "paired", "said"]
-    shown = shown[columns].rename(columns={"other": name(against)})
-    body = shown.to_html(index=False, escape=True, border=0, na_rep="", float_format="{:.4g}".format)
+def page(found: pd.DataFrame, others: Sequence[Run], against: Run) -> str:
+    """One self-contained HTML page of the table that was `found`, pictures, generations; every text of a run is escaped."""
+    body = _shown(found, against).to_html(index=False, escape=True, border=0, na_rep="", float_format="{:.4g}".format)
     drawn = [plots.differences(found)[0]] if len(found) else []  # of whose figure all panels are
     pruned = [run for run in (*others, against) if len(run.errors)]
     pictures = [plots.as_svg(axes) for axes in (*drawn, *([overlay(pruned)] if pruned else []))]
-    written = [f"<h2>{html.escape(name(run))}</h2>{Generations(against, run)._repr_html_()}" for run in others if generations(against, run)]
+    both = {name(run): Generations(against, run) for run in others}
+    written = [f"<h2>{html.escape(called)}</h2>{pair._repr_html_()}" for called, pair in both.items() if pair.forks]
     title = html.escape(f"{', '.join(map(name, others))} against {name(against)}")
-    said = "".join(f"<p>{html.escape(note)}</p>" for note in notes(others, against))
+    said = "".join(f"<p>{html.escape(note)}</p>" for note in notes(found, others, against))
     figures = "".join(f"<figure>{picture}</figure>" for picture in pictures)
     return PAGE.format(title=title, notes=said, table=body, figures=figures, generations="".join(written))
 

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,8 @@ import pandas as pd
 from . import runs, versions
 from .config import ConfigError
 from .history import Store
-from .report import show
+from .plots import COLOURS
+from .report import changed, show
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -38,8 +39,7 @@ CHARTS = {
     "joules": "Energy, in joules",
 }
 "Trends in this order, where the history has them."
-OTHER = "#767676"
-COLOURS = ("#E69F00", "#009E73", "#0072B2", "#882255", "#CC79A7", "#56B4E9", OTHER)
+OTHER = COLOURS[-1]
 SHOWN = 6  # versions of which the error by block is drawn at once
 KEPT = 40  # and that can be chosen
 MEASURED = 16  # measurements in the table of versions, which should filter at once
@@ -85,12 +85,13 @@ def page(store: Store) -> str:
     names = dict(zip(known.version, known["name"], strict=True))  # a version that was measured again keeps its name
     known["parent"] = known.parent.map(names).fillna(known.parent)
     newest = known.iloc[-1]
+    beside = _beside(known, rows)
     charts = {title: figure for title, figure in _charts(known, rows, store) if figure is not None}
     sections = [_section(f"chart-{i}", title, f'<div class="chart" data-figure="{i}"></div>') for i, title in enumerate(charts)]
     data = json.dumps([json.loads(figure.to_json()) for figure in charts.values()]).replace("</", "<\\/")
     tables = [
         _section("alerts", "Alerts", _alerts(alerts)),
-        _section("comparison", f"{newest['name']} beside others", _table(_beside(known, rows), "comparison")),
+        _section("comparison", f"{newest['name']} beside others", _table(beside, "comparison")),
         _section("versions", "Versions", _table(_versions(known, rows, alerts), "versions")),
         _section("environment", "Where they were made", _table(_environments(known), "environment")),
     ]
@@ -98,7 +99,7 @@ def page(store: Store) -> str:
     parts = {
         "title": html.escape(title),
         "made": time.strftime("%Y-%m-%d %H:%M"),
-        "tiles": _tiles(known, rows, alerts),
+        "tiles": _tiles(newest, rows[rows.number == newest.number], alerts, beside),
         "first": tables[0] + tables[1],
         "charts": "\n".join(sections),
         "last": tables[2] + tables[3],
@@ -188,10 +189,7 @@ def _blocks(known: pd.DataFrame, store: Store) -> Figure | None:
 def _front(known: pd.DataFrame, rows: pd.DataFrame, quality: str, cost: str) -> Figure | None:
     """Every pruned version at its cost and quality; those that no other one beats are joined."""
     chosen = known[known.technique != "dense"].drop_duplicates("version", keep="last").set_index("number")
-    for name in (quality, cost):
-        metric, test_set = versions.split(name)
-        chosen[name] = rows[(rows.metric == metric) & (rows.test_set == test_set)].set_index("number").value
-    chosen = chosen.dropna(subset=[quality, cost])
+    chosen = chosen.join(versions.columns(rows).reindex(columns=[quality, cost])).dropna(subset=[quality, cost])
     if len(chosen) < 2:
         return None
     best = versions.front(chosen, quality, cost)
@@ -214,16 +212,13 @@ def _short(name: str) -> str:
     return name if len(name) <= 16 else f"{name[:15]}…"
 
 
-def _tiles(known: pd.DataFrame, rows: pd.DataFrame, alerts: pd.DataFrame) -> str:
+def _tiles(newest: pd.Series, own: pd.DataFrame, alerts: pd.DataFrame, beside: pd.DataFrame) -> str:
     """The newest version in a few figures."""
-    newest = known.iloc[-1]
-    own = rows[rows.number == newest.number]
     fired = alerts[alerts.number == newest.number].severity.value_counts()
     count = {word: f"{n} {word}{'s' * (n != 1)}" for word in ("error", "warning") for n in [int(fired.get(word, 0))]}
     tiles = [("newest version", newest["name"], f"{show(newest.technique)} {show(newest.criterion)}".strip())]
     tiles.append(("verdict", show(newest.verdict) or "not pruned", ""))
     tiles.append(("alerts", count["error"], count["warning"]))
-    beside = _beside(known, rows)
     for metric, test_set in (("perplexity", None), ("accuracy", None), ("nmse", "calibration"), ("gap", None), ("seconds", "prune")):
         part = own[(own.metric == metric) & ((own.test_set == test_set) if test_set else True)]
         if len(part):
@@ -253,24 +248,16 @@ def _beside(known: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
             elsewhere = row["metric"] in versions.HARDWARE and other.hardware != newest.hardware
             there = same.loc[place].to_dict() if place in same.index and not elsewhere else {"value": math.nan}
             both = math.isfinite(row["value"]) and math.isfinite(there["value"])
-            column.append(_change(row, {**there, "metric": place[0], "test_set": place[1]}) if both else "")
+            column.append(changed(row["metric"], *versions.change(row, there)[:3]) if both else "")
         table[f"against {word}" + (f" ({other['name']})" if other["name"] != word else "")] = column
     return table
 
 
-def _change(row: Mapping[str, Any], other: Mapping[str, Any]) -> str:
-    value, low, high, _ = versions.change(row, other)
-    unit = (lambda v: f"{100 * v:+.1f}") if row["metric"] in versions.SHARES else (lambda v: f"{v:+.1%}")
-    points = " points" if row["metric"] in versions.SHARES else ""
-    return f"{unit(value)}{points}" + (f" ({unit(low)} to {unit(high)})" if low is not None else "")
-
-
 def _versions(known: pd.DataFrame, rows: pd.DataFrame, alerts: pd.DataFrame) -> pd.DataFrame:
     """Newest first: how each was made and the main measurements; `reconkit runs export` has all."""
-    named = rows.assign(column=[versions.name_of(*pair) for pair in zip(rows.metric, rows.test_set, strict=True)])
-    main = sorted((m for m in named.metric.unique() if m in CHARTS), key=list(CHARTS).index)
-    columns = [column for metric in main for column in named[named.metric == metric].column.unique()][:MEASURED]
-    wide = named[named.column.isin(columns)].pivot(index="number", columns="column", values="value")[columns]
+    wide = versions.columns(rows)
+    main = sorted((name for name in wide if versions.split(name)[0] in CHARTS), key=lambda name: list(CHARTS).index(versions.split(name)[0]))
+    wide = wide[main[:MEASURED]]
     fired = alerts.groupby("number").size() if len(alerts) else pd.Series(dtype=int)
     table = known.set_index("number")[list(FACTS)].assign(alerts=fired).join(wide)
     return table.iloc[::-1].dropna(axis="columns", how="all")

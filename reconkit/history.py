@@ -171,13 +171,13 @@ class Store:
             self._insert("tags", TAGS, [{"tag": tag, "version": version, "created": now()}])
 
     def add_alerts(self, rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-        """Keep alerts, each once for a number, rule and test set; returns those that are new."""
+        """Keep alerts, each once for a number, rule and test set; returns those that are new, with when that was."""
         new = []
         with self._said(), self._writing():
-            for row in rows:
+            for row in ({"created": now(), **row} for row in rows):
                 key = (row["number"], row["rule"], row["test_set"])
                 if not self.base.execute('SELECT 1 FROM alerts WHERE "number" = ? AND rule = ? AND test_set = ?', key).fetchone():
-                    self._insert("alerts", ALERTS, [{"created": now(), **row}])
+                    self._insert("alerts", ALERTS, [row])
                     new.append(row)
         return new
 
@@ -263,6 +263,12 @@ def _where(conditions: Mapping[str, Iterable[Any] | None]) -> tuple[str, list[An
             parts.append(f"{column} IN ({', '.join('?' * len(chosen))})")
             values += chosen
     return (f"WHERE {' AND '.join(parts)}" if parts else ""), values
+
+
+def called(versions: pd.DataFrame, name: str) -> pd.DataFrame:
+    """The rows of `Store.versions` with that tag, else with that id, else with ids that begin so."""
+    tries = (versions.tag == name, versions.version == name, versions.version.str.startswith(name))
+    return next((versions[hit] for hit in tries if name and hit.any()), versions[:0])
 
 
 def joined(store: Store) -> pd.DataFrame:

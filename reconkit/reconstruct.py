@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -224,7 +225,7 @@ def _bf16_pays() -> bool:
 
 def _cpu() -> str:
     """What the answer depends on."""
-    return f"{platform.processor() or platform.machine()} {_cpu_name()} torch {torch.__version__} threads {torch.get_num_threads()}"
+    return f"{platform.processor() or platform.machine()} {cpu_name()} torch {torch.__version__} threads {torch.get_num_threads()}"
 
 
 def _seconds(dtype: torch.dtype, size: int = 1024) -> float:
@@ -238,9 +239,10 @@ def _seconds(dtype: torch.dtype, size: int = 1024) -> float:
     return min(times[1:])
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """The model of the processor, where the system tells."""
     try:
-        lines = open("/proc/cpuinfo").read().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
-        return platform.node()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())

@@ -137,6 +137,12 @@ def _span(low: float, high: float) -> str:
     return f"{show(float(low))} to {show(float(high))}"
 
 
+def changed(metric: str, value: float, low: float | None, high: float | None) -> str:
+    """A change as `versions.change` has it, with its interval where it has one."""
+    form, scale = ("{:+.1f} points", 100) if metric in versions.SHARES else ("{:+.1%}", 1)
+    return form.format(scale * value) if low is None or low != low else _change(form, scale * value, scale * low, scale * high)
+
+
 def _change(form: str, value: float, low: float, high: float) -> str:
     return f"{form.format(value)} ({form.format(low)} to {form.format(high)})"
 

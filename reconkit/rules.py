@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
+from . import data
 from .config import ConfigError, RunConfig, one_of, require
 from .versions import direction
 
@@ -24,7 +25,6 @@ VERDICTS = ("fine", "watch", "overfitting")
 SEVERITIES = ("error", "warning")
 DIRECTIONS = ("lower", "higher")
 REFERENCES = ("parent", "dense", "best")
-CORPORA = ("wiki", "news", "pydocs", "c4", "wikitext2", "ptb")
 
 
 class Metric(NamedTuple):
@@ -34,11 +34,11 @@ class Metric(NamedTuple):
 
 
 METRICS = {
-    "perplexity": Metric(1, math.inf, (*CORPORA, "self")),
+    "perplexity": Metric(1, math.inf, (*data.NAMED, "self")),
     "accuracy": Metric(0, 1, ("cloze", *RunConfig.tasks, *(f"{task} (acc_norm)" for task in RunConfig.tasks))),
-    "nmse": Metric(0, math.inf, ("calibration", "extra", *CORPORA)),
-    "mse": Metric(0, math.inf, ("calibration", "extra", *CORPORA)),
-    "gap": Metric(0, math.inf, CORPORA),
+    "nmse": Metric(0, math.inf, ("calibration", "extra", *data.NAMED)),
+    "mse": Metric(0, math.inf, ("calibration", "extra", *data.NAMED)),
+    "gap": Metric(0, math.inf, data.NAMED),
     "verdict": Metric(0, len(VERDICTS) - 1, ("",)),
     "sparsity": Metric(0, 1, ("",)),
     "data per parameter": Metric(0, math.inf, ("",)),

@@ -31,7 +31,7 @@ from . import history as store_of
 from .checkpoint import code_hash
 from .config import SELF, ConfigError, OverfitConfig, RunConfig, from_dict, require, to_dict
 from .overfit import verdict
-from .reconstruct import resolve_precision
+from .reconstruct import cpu_name, resolve_precision
 
 ROOMS = (
     "assets",
@@ -418,8 +418,7 @@ def remember(run: Run, parent: str | None = None) -> int | None:
 
 def _remember(store: store_of.Store, run: Run, parent: str | None = None) -> int | None:
     if parent is None and run.config.parent:
-        known = store.versions()
-        parent = next((v for v in known[(known.version == run.config.parent) | (known.tag == run.config.parent)].version), None)
+        parent = next(iter(store_of.called(store.versions(), run.config.parent).version), None)
     number = store.append({**versions.facts(run), "parent": parent}, versions.measurements(run), run.errors[["block", "source", "nmse"]])
     if run.config.tag:
         named = store.versions().set_index("version").tag
@@ -470,8 +469,7 @@ def version_of(name: str) -> str:
     """
     with open_history() as store:
         known = store.versions()
-    ids = list(dict.fromkeys(known.version))
-    found = list(dict.fromkeys(known[known.tag == name].version)) or [v for v in ids if v.startswith(name)]
+    found = store_of.called(known, name).version.unique()
     if len(found) == 1:
         return found[0]
     recent = ", ".join(dict.fromkeys(known.name.iloc[::-1].head(5))) or "none yet"
@@ -496,6 +494,12 @@ def changes(run: Run, against: Run) -> pd.DataFrame:
             measure = "zero-shot" if row["metric"] == "accuracy" and row["test_set"] != "cloze" else row["metric"]
             rows.append((row["test_set"], measure, value, low, high, row["metric"] == "perplexity"))
     return pd.DataFrame(rows, columns=["set", "measure", "value", "low", "high", "lower_is_better"])
+
+
+def recorded(id: str) -> Run | None:
+    """The record of that id, where it is still there."""
+    folder = _folder() / id
+    return _read(folder) if (folder / "record.json").is_file() else None
 
 
 def find(run: str) -> Run:
@@ -590,7 +594,7 @@ def environment() -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
-        "processor": versions.processor(),
+        "processor": cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,

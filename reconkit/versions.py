@@ -10,7 +10,6 @@ import hashlib
 import json
 import math
 import os
-import platform
 import subprocess
 from collections.abc import Mapping
 from functools import lru_cache
@@ -89,15 +88,6 @@ def hardware(environment: Mapping[str, Any]) -> str:
     if environment.get("gpu"):
         return str(environment["gpu"])
     return f"{environment.get('processor') or environment['system']}, {environment['cores']} cores, {environment['threads']} threads"
-
-
-def processor() -> str:
-    """The model of the processor, where the system tells."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 @lru_cache
@@ -179,16 +169,20 @@ def _number(value: Any) -> float | None:
     return None if value is None or value != value else float(value)
 
 
+def columns(rows: pd.DataFrame, of: str = "value") -> pd.DataFrame:
+    """A row a version (its number), a column a measurement (its flat name), of the store's long table."""
+    named = rows.assign(name=[name_of(*pair) for pair in zip(rows.metric, rows.test_set, strict=True)])
+    return named.pivot(index="number", columns="name", values=of)[list(dict.fromkeys(named["name"]))].astype(float)
+
+
 def wide(store: Store) -> pd.DataFrame:
     """One row a version, as `runs.history`: how it was made, its verdict, and every measurement in a column of its own."""
     versions, rows = store.versions(), store.measurements()
     if versions.empty:
         return pd.DataFrame()
-    rows["name"] = [name_of(metric, test_set) for metric, test_set in zip(rows.metric, rows.test_set, strict=True)]
-    ends = (("value", ""), ("low", "/low"), ("high", "/high"))
-    parts = [rows.assign(name=rows.name + end).set_index(["number", "name"])[column] for column, end in ends]
-    values = pd.concat(parts).dropna().astype(float).unstack("name")
-    order = [n + end for n in dict.fromkeys(rows.name) for end in ("", *ENDS)]
+    parts = [columns(rows, of).add_suffix(end) for of, end in zip(("value", "low", "high"), ("", *ENDS), strict=True)]
+    values = pd.concat(parts, axis="columns").dropna(axis="columns", how="all")
+    order = [name + end for name in parts[0] for end in ("", *ENDS)]
     values = values[[name for name in order if name in values]]
     told = ["version", "created", "tag", "parent", "model", "corpus", "criterion", "technique", "pattern", "verdict", "commit", "hardware"]
     facts = versions.set_index("number")[told].rename(columns={"version": "id"})

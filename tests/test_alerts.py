@@ -351,9 +351,9 @@ def test_alerts_are_kept_once(tmp_path: Path) -> None:
             facts = {**FACTS, "version": f"v{number}", "created": f"2026-01-0{number}T00:00:00Z", "parent": "v1" if number == 2 else None}
             store.append(facts, [measured("nmse/x", value), measured("nmse/y", value)])
         rules = [rule("nmse", against="parent", relative=0.1)]
-        first = alerts.keep(store, check(store, None, rules))
+        first = store.add_alerts(check(store, None, rules).fired)
         assert [(row["test_set"], row["change"]) for row in first] == [("x", pytest.approx(4)), ("y", pytest.approx(4))]
-        assert alerts.keep(store, check(store, None, rules)) == []
+        assert store.add_alerts(check(store, None, rules).fired) == []
         kept = store.alerts()
         assert list(kept.test_set) == ["x", "y"] and list(kept.reference) == ["v1", "v1"] and list(kept.rule) == ["r", "r"]
         assert kept.message[0] == first[0]["message"] and kept.created[0] == first[0]["created"]

@@ -58,7 +58,8 @@ def test_two_versions_of_real_runs(tmp_path: Path, capsys: pytest.CaptureFixture
     assert len(comparison.generations(dense, two)) == 4 and all(f.at is None for f in comparison.generations(dense, dense))
     axes = plots.differences(comparison.table([one, two], one))
     assert [ax.get_xlabel().split(",")[0] for ax in axes] == ["perplexity", "final NMSE"]
-    assert [line.get_label() for line in comparison.overlay([one, two]).get_lines()[:2]] and comparison.notes([one], dense) == []
+    assert [line.get_label() for line in comparison.overlay([one, two]).get_lines()[:2]]
+    assert comparison.notes(comparison.table([one], dense), [one], dense) == []
     assert main(["runs", "compare", "dense", "one", "two", "--out", str(tmp_path / "page.html")]) == 0
     said, page = capsys.readouterr().out, (tmp_path / "page.html").read_text()
     assert "worse" in said and "»" in said and "two" in said
@@ -82,7 +83,8 @@ def test_words_say_what_the_interval_says() -> None:
 
 
 def test_other_items_and_other_models_are_said() -> None:
-    [about, unpaired] = comparison.notes([made([1, 0, 1], "b", model="other")], made([1, 1, 1]))
+    other, against = made([1, 0, 1], "b", model="other"), made([1, 1, 1])
+    [about, unpaired] = comparison.notes(comparison.table([other], against), [other], against)
     assert "is of other" in about and "Other items were answered on rte" in unpaired
 
 

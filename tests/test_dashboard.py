@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from html.parser import HTMLParser
@@ -131,7 +133,7 @@ def test_markup_in_what_runs_say_is_text(store: history.Store) -> None:
 
 
 def test_without_plotly_it_is_refused_in_a_sentence(store: history.Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "plotly.offline", None)
+    monkeypatch.setitem(sys.modules, "plotly.offline", None)
     with pytest.raises(ConfigError, match="pip install plotly"):
         dashboard.page(store)
 
@@ -156,7 +158,7 @@ def tried(tmp_path: Path) -> Callable[..., dict[str, Any]]:
         words = ["--headless=new", "--no-sandbox", "--disable-gpu", f"--window-size={size}", "--dump-dom"]
         words += [] if real_time else ["--virtual-time-budget=20000"]
         out = subprocess.run([browser(), *words, file.as_uri()], capture_output=True, text=True, timeout=120).stdout
-        return json.loads(__import__("html").unescape(re.search(r'<pre id="found">(.*?)</pre>', out, re.DOTALL)[1]))
+        return json.loads(html.unescape(re.search(r'<pre id="found">(.*?)</pre>', out, re.DOTALL)[1]))
 
     return run
 
