@@ -134,7 +134,10 @@ def run(run_config: RunConfig) -> Run:
                         made.touch()
                     cost.apart(_compute, *task)
                 else:
-                    _compute(*task)
+                    try:
+                        _compute(*task)
+                    finally:  # what this process prunes next is no part of this run
+                        progress.ABOUT.clear()
                 if (folder / id / "tag").is_file():
                     shutil.copy(folder / id / "tag", Path(staging) / "new" / "tag")
                 shutil.rmtree(folder / id, ignore_errors=True)
@@ -281,6 +284,7 @@ def _compute(config: RunConfig, id: str, parts: dict[str, Any], folder: Path) ->
         "notes": notes,
         "evaluation": record,
         "made_from": parts,
+        "commit": versions.commit(),
         "environment": environment(),
     }
     (folder / "record.json").write_text(json.dumps(facts, indent=1, default=float), encoding="utf-8")

@@ -66,7 +66,7 @@ def facts(run: Any) -> dict[str, Any]:
         "version": run.id,
         "model": run.config.model,
         "configuration": hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:12],
-        "commit": commit(),
+        "commit": run.record.get("commit"),
         "hardware": hardware(run.record["environment"]),
         "created": run.record["created"],
         "seconds": sum(s for s in spent if s is not None),

@@ -18,7 +18,7 @@ import pandas as pd
 import pytest
 import torch
 
-from reconkit import data, models, runs
+from reconkit import data, models, progress, runs, versions
 from reconkit.config import ConfigError, OverfitConfig, PruneConfig, RunConfig, SelfGenConfig
 
 
@@ -379,6 +379,27 @@ def test_every_run_is_in_the_history_once() -> None:
     with runs.open_history() as store:
         blocks = store.blocks([1])
         assert blocks.nmse.tolist() == first.errors.nmse.tolist() and list(blocks.source) == list(first.errors.source)
+
+
+def test_the_commit_is_that_of_the_code_that_ran(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    found = runs.run(config())
+    assert found.record["commit"] == versions.commit()
+    file = found.folder / "record.json"
+    file.write_text(json.dumps({**found.record, "commit": "0123abc"}))
+    (cache / "history.sqlite").unlink()
+    assert runs.history().commit.tolist() == ["0123abc"], "and not of the code that remembers"
+
+
+def test_a_process_that_ran_something_is_not_taken_for_it_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    def compute(config: RunConfig, id: str, parts: dict[str, Any], folder: Path) -> None:
+        progress.ABOUT.update(run=id)
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(runs, "_compute", compute)
+    monkeypatch.setattr(runs.models, "resolve_device", lambda _: "mps")
+    with pytest.raises(RuntimeError, match="broken"):
+        runs.run(config(device="cpu"))
+    assert progress.ABOUT == {}
 
 
 def test_an_unknown_parent_is_refused_before_work(monkeypatch: pytest.MonkeyPatch) -> None:
