@@ -298,6 +298,10 @@ class RunConfig:
     "auto, cuda, mps or cpu."
     dtype: str = "float32"
     "float32, bfloat16 or float16: how the model is held."
+    offload: bool = False
+    "Blocks stay on disk and are read one at a time, for models larger than memory; the numbers are the same, so not part of the fingerprint."
+    checkpoint: str | None = None
+    "A folder, on a mounted drive say, in which a run keeps its state after every window; a killed one goes on there. Not part of the fingerprint."
     parent: str | None = None
     "Tag or id of the version that this one follows, with which it is compared; not part of the fingerprint."
     price_per_hour: float | None = None

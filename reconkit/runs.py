@@ -16,7 +16,8 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -58,11 +59,14 @@ NEEDED = 10**9  # free bytes without which no run begins
 DEFAULT_LIMIT = "20GB"
 DENSE = ("model", "prune", "evaluate", "test", "test_count", "test_length", "tasks", "limit", "draw", "device", "dtype")
 "What of a configuration decides the measurements of a dense model."
+NO_MATTER = ("tag", "parent", "keep_model", "test_seed", "price_per_hour", "offload", "checkpoint")
+"What of a configuration decides none; `draw` stands for the seed of the tests."
 PROMPTS, PROMPT = 4, 16  # prompts of the generations, and tokens in each
 SPENT = ("gpu_hours", "joules")
 "What a part of a run takes besides seconds and memory, where there is a GPU."
 ERRORS = ["block", "source", "mse", "nmse"]
 TRAINING = ["window", "epoch", "source", "loss"]
+CLAIM = ["claim", "paper", "expected here", "measured", "holds"]
 
 
 @dataclass(frozen=True)
@@ -180,7 +184,8 @@ def fingerprint(run_config: RunConfig) -> str:
 def _parts(config: RunConfig) -> dict[str, Any]:
     """Everything that decides the numbers of a run."""
     plain = to_dict(config)
-    del plain["tag"], plain["parent"], plain["keep_model"], plain["test_seed"], plain["price_per_hour"]
+    for name in NO_MATTER:
+        del plain[name]
     plain |= {"draw": config.draw, "test_length": config.test_length or config.length}
     texts = {(config.corpus, "train"), *((c, "validation") for c in config.held_out), *((c, "test") for c in config.test)}
     if config.prune:
@@ -220,11 +225,28 @@ def _id(parts: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
 
 
+@contextmanager
+def _opened(config: RunConfig) -> Iterator[tuple[Any, Any]]:
+    """The dense model and its tokenizer, in memory or with its blocks on disk."""
+    options = {"dtype": getattr(torch, config.dtype), "device": config.device}
+    if not config.offload:
+        yield models.load_model(config.model, **options)
+        return
+    with tempfile.TemporaryDirectory(prefix=".blocks-", dir=_folder(), ignore_cleanup_errors=True) as folder:
+        yield models.open_model(config.model, Path(folder) / "blocks", **options)
+
+
 def _compute(config: RunConfig, id: str, parts: dict[str, Any], folder: Path) -> None:
     """Do the work and write the whole record into `folder`."""
+    with _opened(config) as (model, tokenizer):
+        _measure(config, id, parts, folder, model, tokenizer)
+    if config.checkpoint:
+        shutil.rmtree(Path(config.checkpoint) / id, ignore_errors=True)
+
+
+def _measure(config: RunConfig, id: str, parts: dict[str, Any], folder: Path, model: Any, tokenizer: Any) -> None:
     started = time.time()
     progress.ABOUT.update(run=id, tag=config.tag)
-    model, tokenizer = models.load_model(config.model, dtype=getattr(torch, config.dtype), device=config.device)
     tested, own, blanks = _test_sets(config, model, tokenizer)  # too little text is said before anything is pruned
     errors, training, notes = pd.DataFrame(columns=ERRORS), pd.DataFrame(columns=TRAINING), []
     metrics: dict[str, float] = {"sparsity": 0.0}
@@ -234,7 +256,8 @@ def _compute(config: RunConfig, id: str, parts: dict[str, Any], folder: Path) ->
         draw = {**options, "count": config.held_out_count, "split": "validation"}
         held_out = {data.short_name(c): data.load_samples(c, tokenizer, **draw) for c in config.held_out}
         with cost.measure() as used:
-            result = pruning.prune(model, samples, config.prune, extra=extra, held_out=held_out)
+            state = Path(config.checkpoint) / id if config.checkpoint else None
+            result = pruning.prune(model, samples, config.prune, extra=extra, held_out=held_out, checkpoint=state)
         errors, training, notes = result.errors, result.training, result.notes
         metrics |= {"sparsity": result.sparsity, "seconds/prune": result.seconds}
         metrics |= {f"memory/{kind}": count for kind, count in result.peak_memory.items()}
@@ -337,10 +360,10 @@ def _made_before(config: RunConfig) -> Path | None:
 
 def _make_sets(config: RunConfig) -> None:
     """Let the dense model write what a run asks for; it is kept."""
-    model, tokenizer = models.load_model(config.model, dtype=getattr(torch, config.dtype), device=config.device)
-    _test_sets(config, model, tokenizer)
-    if config.prune is not None:
-        _training_samples(config, model, tokenizer)
+    with _opened(config) as (model, tokenizer):
+        _test_sets(config, model, tokenizer)
+        if config.prune is not None:
+            _training_samples(config, model, tokenizer)
 
 
 def _test_sets(config: RunConfig, model: Any, tokenizer: Any) -> tuple[list[str], dict[str, torch.Tensor], tuple[torch.Tensor, torch.Tensor] | None]:
@@ -621,9 +644,16 @@ def save_metrics(out_dir: str | Path, metrics: Mapping[str, float]) -> None:
 
 
 def save_claims(out_dir: str | Path, rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
-    """The closing table of a notebook: paper, expected at this scale, measured, holds; kept as claims.json ("" keeps nothing)."""
-    table = pd.DataFrame(rows, columns=["claim", "paper", "expected here", "measured", "holds"])
+    """The closing table of a notebook: paper, expected at this scale, measured, holds; kept as claims.json ("" keeps nothing).
+
+    Args:
+        rows: beside these columns a row may have `of`, the number of the paper's claim that it answers (`paper.table("claims")`),
+            and `why`, the reason that was found where it does not hold. The ledger of a suite collects both.
+    """
+    table = pd.DataFrame([{"of": None, "why": "", **row} for row in rows], columns=[*CLAIM, "of", "why"], dtype=object)
+    table["why"] = table.why.where(~table.holds.astype(bool), "")
     table["holds"] = table["holds"].map({True: "yes", False: "no"})
     if str(out_dir):
-        (Path(out_dir) / "claims.json").write_text(table.to_json(orient="records", indent=1), encoding="utf-8")
-    return table
+        kept = [{name: value for name, value in row.items() if value not in (None, "") and value == value} for row in table.to_dict("records")]
+        (Path(out_dir) / "claims.json").write_text(json.dumps(kept, indent=1, default=int), encoding="utf-8")
+    return table[CLAIM]

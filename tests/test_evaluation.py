@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 
 import families
 import pytest
@@ -131,3 +132,10 @@ def test_the_packed_size_and_what_a_million_tokens_cost(tiny: tuple, monkeypatch
     monkeypatch.setattr(evaluation.packing, "unpack", lambda file: {})
     with pytest.raises(RuntimeError, match="came back changed"):
         evaluation.evaluate(model, tokenizer, perplexity=[], packed=True)
+
+
+def test_mean_interval_is_students() -> None:
+    mean, low, high = evaluation.mean_interval([1.0, 2.0, 4.0])
+    half = 4.302653 * statistics.stdev([1.0, 2.0, 4.0]) / 3**0.5
+    assert (mean, low, high) == pytest.approx((7 / 3, 7 / 3 - half, 7 / 3 + half), rel=1e-6)
+    assert evaluation.mean_interval([2.0]) == (2.0, -math.inf, math.inf)

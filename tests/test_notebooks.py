@@ -30,7 +30,7 @@ def cells(file: Path, kind: str) -> list[Any]:
 
 
 def test_they_are_numbered_and_each_has_solutions() -> None:
-    assert [f.stem[:2] for f in NOTEBOOKS] == [*(f"{i:02}" for i in range(12)), "14", "90"]
+    assert [f.stem[:2] for f in NOTEBOOKS] == [*(f"{i:02}" for i in range(15)), "90"]
     assert [f.name for f in SOLUTIONS] == [f.name for f in NOTEBOOKS]
 
 

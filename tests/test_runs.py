@@ -14,11 +14,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 
-from reconkit import data, models, progress, runs, versions
+from reconkit import cost, data, models, progress, pruning, runs, versions
 from reconkit.config import ConfigError, OverfitConfig, PruneConfig, RunConfig, SelfGenConfig
 
 
@@ -58,6 +59,33 @@ def test_the_same_configuration_gives_the_same_numbers(cache: Path) -> None:
     assert not again.cached and again.errors.equals(first.errors) and again.training.equals(first.training)
     timed = ("seconds/", "memory/", "speed/")
     assert {k: v for k, v in again.metrics.items() if not k.startswith(timed)} == {k: v for k, v in first.metrics.items() if not k.startswith(timed)}
+
+
+def test_blocks_on_disk_and_a_checkpoint_change_no_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, state = tmp_path / "model", tmp_path / "state"
+    models.save_model(*models.load_model("tiny"), folder)
+    how = {"model": str(folder), "prune": PruneConfig(technique="BR", epochs=1, precision="fp32")}
+    first = runs.run(config(**how))
+    monkeypatch.setenv("RECONKIT_CACHE", str(tmp_path / "other"))
+    again = runs.run(config(**how, offload=True, checkpoint=str(state)))
+    assert again.id == first.id and not again.cached
+    assert again.errors.equals(first.errors) and again.metrics["perplexity/pydocs"] == first.metrics["perplexity/pydocs"]
+    assert not any(state.iterdir()), "the state of a finished run is of no use"
+
+
+def test_a_killed_run_goes_on_from_its_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    how = PruneConfig(technique="BR", epochs=2, precision="fp32")
+    whole = runs.run(config(prune=how))
+    monkeypatch.setenv("RECONKIT_CACHE", str(tmp_path / "other"))
+    asked = config(prune=how, checkpoint=str(tmp_path / "state"))
+    monkeypatch.setattr(cost, "apart", lambda work, *args: work(*args))
+    with monkeypatch.context() as broken:
+        broken.setattr(runs.evaluation, "evaluate", lambda *args, **options: 1 / 0)  # after the pruning
+        with pytest.raises(ZeroDivisionError):
+            runs.run(asked)
+    assert (tmp_path / "state" / whole.id).is_dir()
+    monkeypatch.setattr(pruning, "reconstruct", lambda *args, **options: pytest.fail("a window that was done is trained again"))
+    assert runs.run(asked).errors.equals(whole.errors)
 
 
 @pytest.mark.parametrize(
@@ -340,6 +368,15 @@ def test_metrics_and_claims_are_kept_only_where_asked(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "metrics.json").read_text()) == {"a": 1.0}
     runs.save_claims(tmp_path, rows)
     assert pd.read_json(tmp_path / "claims.json").claim.tolist() == ["a"]
+
+
+def test_a_claim_may_name_the_papers_and_a_reason_stays_only_where_it_fails(tmp_path: Path) -> None:
+    told = {"claim": "a", "paper": "1", "expected here": "2", "measured": "3"}
+    rows = [{**told, "holds": np.bool_(True), "of": 3, "why": "never said"}, {**told, "holds": False, "why": "because"}]
+    assert runs.save_claims(tmp_path, rows).columns.tolist() == runs.CLAIM
+    first, second = json.loads((tmp_path / "claims.json").read_text())
+    assert first["of"] == 3 and "why" not in first and first["holds"] == "yes"
+    assert second["why"] == "because" and "of" not in second and second["holds"] == "no"
     assert replace(config(), tag="x") != config()
 
 
