@@ -201,8 +201,10 @@ def _suite_words(word: argparse.ArgumentParser) -> None:
     shown = _word(words, "publish", suite_publish, "copy normalised notebooks, figures and data to papermill_runs/published/")
     shown.add_argument("manifest", metavar="NAME.toml")
     shown.add_argument("--only", metavar="GLOB", help="only the entries whose name matches; the others stay published as they are")
-    new = _word(words, "new", suite_new, "write a manifest to start from")
+    new = _word(words, "new", suite_new, "write a manifest to start from, or one with every combination of a grid")
     new.add_argument("manifest", metavar="NAME.toml")
+    new.add_argument("grid", nargs="*", metavar="NAME=VALUES", help="such as criterion=wanda,sparsegpt 'technique=[\"LR\", \"BR\"]' seed=0,1,2")
+    new.add_argument("--notebook", default="00_start_here", help="that is swept; default: %(default)s")
 
 
 def _runs_words(word: argparse.ArgumentParser) -> None:
@@ -417,7 +419,7 @@ def suite_publish(a: argparse.Namespace) -> None:
 def suite_new(a: argparse.Namespace) -> None:
     from . import suite
 
-    suite.new(a.manifest)
+    suite.new(a.manifest, a.grid, notebook=a.notebook)
 
 
 def runs_list(a: argparse.Namespace) -> None:

@@ -282,6 +282,33 @@ def by_seed(data: pd.DataFrame, arm: str, measures: Sequence[str], *, dense: Map
     return axes
 
 
+def swept(data: pd.DataFrame, parameter: str, measures: Sequence[str], by: str) -> np.ndarray:
+    """What a swept parameter does: a panel for each measure, a line for each word in `by`, through the mean where runs share a place.
+
+    Args:
+        data: one row a run, with the columns `parameter`, `by` and the measures; numbers are placed as numbers, all else in its order.
+    """
+    values = list(data[parameter].drop_duplicates())
+    number = pd.api.types.is_numeric_dtype(data[parameter]) and not pd.api.types.is_bool_dtype(data[parameter])
+    values = sorted(values) if number else _sorted(parameter, values)
+    kinds = looks(by, list(data[by].unique()))
+    axes = _panels(len(measures))
+    for ax, measure in zip(axes, measures, strict=True):
+        for word, look in kinds.items():
+            part = data[(data[by] == word) & data[measure].notna()]
+            place = part[parameter].astype(float) if number else part[parameter].map(values.index)
+            ax.plot(place, part[measure], linestyle="none", marker=look["marker"], color=look["color"], alpha=0.5)
+            mean = part[measure].groupby(place).mean()
+            ax.plot(mean.index, mean, **look, label=NAMES.get(word, word))
+        if not number:
+            ax.set_xticks(range(len(values)), [NAMES.get(v, str(v)) for v in values])
+            ax.margins(x=0.15)
+        ax.set(xlabel=parameter, ylabel=NAMES.get(measure, measure))
+    if len(kinds) > 1:
+        axes[0].get_figure().legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=min(4, len(kinds)))
+    return axes
+
+
 def distributions(data: pd.DataFrame, value: str, by: str, *, label: str = "") -> Axes:
     """The share of rows up to each value, one step line for each word in `by`, on a log scale."""
     ax = _panels(1, width=1.3 * WIDTH)[0]

@@ -41,7 +41,7 @@ import nbformat
 import pandas as pd
 import torch
 
-from . import assets, cluster, data, models, runs
+from . import assets, cluster, data, ledger, models, runs, sweep
 from .config import SELF, ConfigError, one_of, require
 
 PUBLISHED = "published"
@@ -496,11 +496,15 @@ def status(manifest: str | Path) -> str:
     return pd.DataFrame(rows, columns=["run", "state", "minutes", "reason"]).to_string(index=False)
 
 
-def new(manifest: str | Path) -> None:
-    """Write a manifest to start from.
+def new(manifest: str | Path, grid: Sequence[str] = (), *, notebook: str = "00_start_here") -> None:
+    """Write a manifest to start from, or one with a run for every combination of a grid.
+
+    Args:
+        grid: words such as criterion=wanda,sparsegpt and seed=0,1.
+        notebook: that these parameters belong to.
 
     Raises:
-        ConfigError: the file is there already, or its name is none.
+        ConfigError: the file is there already, or its name is none; the notebook has no such parameter, or one of another type.
     """
     file = Path(manifest)
     require(
@@ -510,9 +514,21 @@ def new(manifest: str | Path) -> None:
         "a name such as papermill_runs/mine.toml",
     )
     require(not file.exists(), "manifest", manifest, "a file that is not there yet")
+    asked = sweep.grid(grid)
+    text = NEW.format(name=manifest)
+    if asked:
+        text = f"# A sweep of {notebook} over {', '.join(asked)}. Run it with: reconkit suite run {manifest}\n\n" + sweep.manifest(notebook, asked, 2)
+    made = not file.parent.is_dir()
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(NEW.format(name=manifest), encoding="utf-8")
-    print(f"Wrote {file}.")
+    file.write_text(text, encoding="utf-8")
+    try:
+        count = len(load_manifest(file).entries) if asked else 1
+    except ConfigError:
+        file.unlink()
+        if made:
+            file.parent.rmdir()
+        raise
+    print(f"Wrote {file}: {count} {'run' if count == 1 else 'runs'}.")
 
 
 def _without_bars(notebook: Any) -> Any:
@@ -580,6 +596,12 @@ def publish(manifest: str | Path, only: str | None = None) -> None:
                 shutil.copy(source / file, to / file)
     _replace(staging, home / suite.name)
     index(suite)
+    claims = ledger.collect(home / suite.name, [e.name for e in suite.entries])
+    page = suite.folder.parent.parent / "README.md"
+    if page.is_file():
+        text = page.read_text(encoding="utf-8")
+        address = (home / suite.name).relative_to(page.parent).as_posix()
+        page.write_text(ledger.written_into(text, suite.name, ledger.as_markdown(claims, address)), encoding="utf-8")
     print(f"Published {len(chosen)} runs in {os.path.relpath(home / suite.name)}.")
 
 
@@ -605,10 +627,17 @@ def _numbers(file: Path) -> dict[str, float]:
 
 
 def index(suite: Suite) -> None:
-    """Write `index.html` and `index.csv` of a suite: states, claims, figures, and every number beside the published one."""
+    """Write the page of a suite and its tables.
+
+    `index.html` has the paper's claims, then each run's state, claims, figures and numbers beside the published ones; `index.csv` has
+    these numbers and `ledger.csv` the claims.
+    """
     numbers = compared(suite)
     numbers.to_csv(suite.folder / "index.csv", index=False)
-    parts = []
+    claims = ledger.collect(suite.folder, [e.name for e in suite.entries])
+    claims.to_csv(suite.folder / "ledger.csv", index=False)
+    parts = [ledger.as_html(claims)] if (claims.run != "").any() else []
+    parts += [section] if (section := sweep.write(suite.entries, suite.folder)) else []
     for e in suite.entries:
         found, folder = _status(suite, e), suite.folder / e.name
         title = html.escape(e.name)
@@ -622,7 +651,7 @@ def index(suite: Suite) -> None:
             f'<a href="{title}/figures/{html.escape(p.stem)}.svg"><img src="{title}/figures/{html.escape(p.name)}" alt="{html.escape(p.stem)}"></a>'
             for p in sorted(folder.glob("figures/*.png"))
         )
-        claims = _claims(folder / "claims.json")
+        said_here = _claims(folder / "claims.json")
         own = numbers[numbers.run == e.name].drop(columns="run")
         cells = ["{:.5g}".format, "{:.5g}".format, "{:+.1%}".format]
         table = (
@@ -631,7 +660,7 @@ def index(suite: Suite) -> None:
             else ""
         )
         parts.append(
-            f"<h2>{title}</h2><p>{html.escape(said)} {link}</p>{claims}<div>{pictures}</div>"
+            f"<h2>{title}</h2><p>{html.escape(said)} {link}</p>{said_here}<div>{pictures}</div>"
             f"<details><summary>{len(own)} numbers</summary>{table}</details>"
         )
     judged = numbers[numbers.reproduced != ""]

@@ -9,7 +9,7 @@ from reconkit.config import ConfigError
 
 
 def test_tables_are_those_of_the_paper() -> None:
-    assert set(paper.TABLES) == {"tables_1_3", "tables_2_4", "table_6", "table_7", "figure_1b"}
+    assert set(paper.TABLES) == {"tables_1_3", "tables_2_4", "table_6", "table_7", "figure_1b", "claims"}
     t = paper.table("tables_1_3").set_index(["model", "criterion", "technique"])
     assert len(t) == 26 and t.wikitext2_ppl["llama-7b", "magnitude", "LR"] == 17.29 and t.final_block_mse["opt-125m", "wanda", "BR+GP+CR"] == 0.004
 

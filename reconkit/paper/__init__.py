@@ -12,7 +12,7 @@ TABLES = tuple(sorted(p.stem for p in Path(__file__).parent.glob("*.csv")))
 
 
 def table(name: str) -> pd.DataFrame:
-    """A published table: tables_1_3 (error, perplexity, accuracy), tables_2_4 (test error), table_6, table_7, figure_1b.
+    """A published table: tables_1_3 (error, perplexity, accuracy), tables_2_4 (test error), table_6, table_7, figure_1b, claims.
 
     Raises:
         ConfigError: no table is called so.
