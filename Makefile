@@ -7,13 +7,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 
-.PHONY: help venv figures test smoke lab publish clean
+.PHONY: help venv figures test smoke lab colab publish clean
 
 help:
 	@echo "make figures   run every notebook at the offline scale (SUITE=$(SUITE)) into papermill_runs/$(SUITE)/"
 	@echo "make test      lint and test"
 	@echo "make smoke     run every notebook on the tiny model, in minutes"
 	@echo "make lab       open the notebooks in JupyterLab"
+	@echo "make colab     run the smoke suite beside Colab's versions, in an environment of its own"
 	@echo "make publish   copy the executed notebooks of $(SUITE), figures and data to papermill_runs/published/"
 	@echo "make venv      only the environment ($(VENV))"
 	@echo "make clean     remove the environment and what suites made here; downloads and runs stay in the cache (reconkit data)"
@@ -45,6 +46,9 @@ test: $(READY)
 
 lab: $(READY)
 	@$(BIN)/jupyter lab notebooks
+
+colab:
+	@.ci/colab $(PYTHON) "$(TORCH_INDEX)"
 
 publish: $(READY)
 	@$(BIN)/reconkit suite publish papermill_runs/$(SUITE).toml

@@ -45,6 +45,8 @@ from . import assets, cluster, data, ledger, models, runs, sweep
 from .config import SELF, ConfigError, one_of, require
 
 PUBLISHED = "published"
+SCALES = "papermill_runs"
+"Where a manifest that is named by one word lies: each is a scale, and the only place that says what it is."
 OUT_DIR = "out_dir"
 PATHS = ("model", "corpus", "held_out", "test", "extra")
 "Parameters whose value may be a path."
@@ -97,6 +99,8 @@ def load_manifest(manifest: str | Path) -> Suite:
         ConfigError: what is wrong, in which entry, and what is possible.
     """
     file = Path(manifest).absolute()
+    if not file.suffix and not file.is_file():  # a scale, by its word
+        file = Path(SCALES, f"{manifest}.toml").absolute()
     if not file.is_file():
         known = sorted(p.name for p in file.parent.glob("*.toml")) if file.parent.is_dir() else []
         raise ConfigError(f"There is no manifest {manifest}; {'there are: ' + ', '.join(known) if known else 'reconkit suite new writes one'}.")

@@ -14,6 +14,17 @@ def test_tables_are_those_of_the_paper() -> None:
     assert len(t) == 26 and t.wikitext2_ppl["llama-7b", "magnitude", "LR"] == 17.29 and t.final_block_mse["opt-125m", "wanda", "BR+GP+CR"] == 0.004
 
 
+def test_measured_perplexities_stand_beside_the_published_ones() -> None:
+    measured = {("", "dense", "wikitext2"): 27.66, ("wanda", "BR", "c4"): 31.0, ("wanda", "BR", "news"): 1.0, ("other", "BR", "c4"): 1.0}
+    found = paper.beside(measured, "opt-125m").set_index(["criterion", "technique", "corpus"])
+    published = paper.table("tables_1_3").set_index(["model", "criterion", "technique"]).c4_ppl["opt-125m", "wanda", "BR"]
+    assert len(found) == 2 and found.published["wanda", "BR", "c4"] == published
+    assert found.difference["wanda", "BR", "c4"] == pytest.approx(31.0 / published - 1) and abs(found.difference["", "dense", "wikitext2"]) < 0.01
+    assert paper.beside(measured, "").empty
+    with pytest.raises(ConfigError, match="llama-7b"):
+        paper.beside(measured, "gpt-2")
+
+
 def test_the_claims_that_the_notebooks_quote_follow_from_the_tables() -> None:
     t = paper.table("tables_1_3").set_index(["model", "criterion", "technique"])
     names = ("sparsegpt", "wanda", "magnitude")
