@@ -7,13 +7,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 
-.PHONY: help venv figures test smoke lab colab publish clean
+.PHONY: help venv figures test smoke lab book colab publish clean
 
 help:
 	@echo "make figures   run every notebook at the offline scale (SUITE=$(SUITE)) into papermill_runs/$(SUITE)/"
 	@echo "make test      lint and test"
 	@echo "make smoke     run every notebook on the tiny model, in minutes"
 	@echo "make lab       open the notebooks in JupyterLab"
+	@echo "make book      a static HTML book with search of the executed notebooks, in papermill_runs/book/$(SUITE)/"
 	@echo "make colab     run the smoke suite beside Colab's versions, in an environment of its own"
 	@echo "make publish   copy the executed notebooks of $(SUITE), figures and data to papermill_runs/published/"
 	@echo "make venv      only the environment ($(VENV))"
@@ -49,6 +50,9 @@ lab: $(READY)
 
 colab:
 	@.ci/colab $(PYTHON) "$(TORCH_INDEX)"
+
+book: $(READY)
+	@$(BIN)/reconkit suite book papermill_runs/$(SUITE).toml
 
 publish: $(READY)
 	@$(BIN)/reconkit suite publish papermill_runs/$(SUITE).toml

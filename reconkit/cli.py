@@ -201,6 +201,9 @@ def _suite_words(word: argparse.ArgumentParser) -> None:
     shown = _word(words, "publish", suite_publish, "copy normalised notebooks, figures and data to papermill_runs/published/")
     shown.add_argument("manifest", metavar="NAME.toml")
     shown.add_argument("--only", metavar="GLOB", help="only the entries whose name matches; the others stay published as they are")
+    bound = _word(words, "book", suite_book, "make a static HTML book with search of the executed notebooks")
+    bound.add_argument("manifest", metavar="NAME.toml")
+    bound.add_argument("--out", metavar="DIR", help="its folder, which is replaced; default: papermill_runs/book/NAME")
     new = _word(words, "new", suite_new, "write a manifest to start from, or one with every combination of a grid")
     new.add_argument("manifest", metavar="NAME.toml")
     new.add_argument("grid", nargs="*", metavar="NAME=VALUES", help="such as criterion=wanda,sparsegpt 'technique=[\"LR\", \"BR\"]' seed=0,1,2")
@@ -414,6 +417,12 @@ def suite_publish(a: argparse.Namespace) -> None:
     from . import suite
 
     suite.publish(a.manifest, a.only)
+
+
+def suite_book(a: argparse.Namespace) -> None:
+    from . import suite
+
+    suite.book(a.manifest, a.out)
 
 
 def suite_new(a: argparse.Namespace) -> None:

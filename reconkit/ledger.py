@@ -54,8 +54,9 @@ def as_html(table: pd.DataFrame) -> str:
     for (number, claim), rows in table.groupby(["number", "claim"], sort=False):
         first = rows.iloc[0]
         lines = "".join(
-            f"<tr><td><a href='{html.escape(r.run)}/notebook.ipynb'>{html.escape(r.run)}</a></td><td>{html.escape(r.here)}</td>"
-            f"<td>{html.escape(r['expected here'])}</td><td>{html.escape(r.measured)}</td><td>{html.escape(r.holds)}</td><td>{html.escape(r.why)}</td></tr>"
+            f"<tr><td><a href='{html.escape(r.run)}/notebook.ipynb'>{html.escape(r.run)}</a></td>"
+            + "".join(f"<td>{html.escape(r[name])}</td>" for name in ("here", "expected here", "measured", "holds", "why"))
+            + "</tr>"
             for _, r in rows[rows.run != ""].iterrows()
         )
         head = "<tr><th>notebook</th><th>claim here</th><th>expected here</th><th>measured</th><th>holds</th><th>why not</th></tr>"
@@ -75,7 +76,7 @@ def as_markdown(table: pd.DataFrame, home: str) -> str:
     lines = ["| | the paper claims | published | measured here | |", "|---|---|---|---|---|"]
     for (number, claim), rows in table.groupby(["number", "claim"], sort=False):
         found = "<br>".join(
-            f"{'✓' if r.holds == 'yes' else '✗'} {r.here}: {r.measured} ([{r.run[:2]}]({home}/{r.run}/notebook.ipynb))" + (f"; {r.why}" if r.why else "")
+            f"{'✓' if r.holds == 'yes' else '✗'} {r.here}: {r.measured} ([{r.run[:2]}]({home}/{r.run}/notebook.ipynb)){f'; {r.why}' if r.why else ''}"
             for _, r in rows[rows.run != ""].iterrows()
         )
         cells = (str(number), claim, f"{rows.iloc[0].published} ({rows.iloc[0].places})", found or "not run yet", f"**{verdict(rows)}**")

@@ -34,6 +34,7 @@ import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from importlib.metadata import metadata
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ import pandas as pd
 import torch
 
 from . import assets, cluster, data, ledger, models, runs, sweep
+from . import book as pages
 from .config import SELF, ConfigError, one_of, require
 
 PUBLISHED = "published"
@@ -607,6 +609,35 @@ def publish(manifest: str | Path, only: str | None = None) -> None:
         address = (home / suite.name).relative_to(page.parent).as_posix()
         page.write_text(ledger.written_into(text, suite.name, ledger.as_markdown(claims, address)), encoding="utf-8")
     print(f"Published {len(chosen)} runs in {os.path.relpath(home / suite.name)}.")
+
+
+def book(manifest: str | Path, out: str | Path | None = None) -> Path:
+    """Make a static HTML book of a suite's executed notebooks: what was run here, or else the published copies; returns its first page.
+
+    Args:
+        out: its folder, which is replaced; None: papermill_runs/book/<suite>.
+
+    Raises:
+        ConfigError: no notebook of the suite was executed, or Sphinx is not installed.
+    """
+    suite = load_manifest(manifest)
+    home = suite.folder.parent
+    executed = {}
+    for e in suite.entries:
+        own, published = suite.folder / e.name / "notebook.ipynb", home / PUBLISHED / suite.name / e.name / "notebook.ipynb"
+        found = own if own.is_file() and _status(suite, e).get("state") == "ok" else published
+        if found.is_file() and e.name == e.notebook.stem:
+            executed[e.name] = found
+    folder = Path(out) if out else home / "book" / suite.name
+    pages.build(executed, home.parent / "notebooks", folder, _repository())
+    print(f"Made a book of {len(executed)} notebooks: {os.path.relpath(folder / 'index.html')}")
+    return folder / "index.html"
+
+
+def _repository() -> str:
+    """The project's address, from its one setting."""
+    links = dict(line.split(", ", 1) for line in metadata("reconkit").get_all("Project-URL") or [])
+    return links.get("Repository", "")
 
 
 def compared(suite: Suite) -> pd.DataFrame:

@@ -54,4 +54,5 @@ def test_only_the_marked_place_of_a_page_is_written() -> None:
     page = "a\n<!-- ledger of x -->\nold\n<!-- end of ledger -->\nb"
     once = ledger.written_into(page, "x", "new")
     assert once == "a\n<!-- ledger of x -->\n\nnew\n\n<!-- end of ledger -->\nb"
-    assert ledger.written_into(once, "x", "new") == once and ledger.written_into(page, "y", "new") == page and ledger.written_into("c", "x", "new") == "c"
+    assert ledger.written_into(once, "x", "new") == once
+    assert ledger.written_into(page, "y", "new") == page and ledger.written_into("c", "x", "new") == "c"

@@ -16,7 +16,15 @@ from reconkit.config import ConfigError
 
 
 def test_words_become_a_grid() -> None:
-    words = ["criterion=wanda,sparsegpt", 'technique=["LR", "BR+GP"]', "seed=0,1", "rate=0.5", "held_out=[[\"wiki\"], []]", "on=true,false", "c=[wanda, x]"]
+    words = [
+        "criterion=wanda,sparsegpt",
+        'technique=["LR", "BR+GP"]',
+        "seed=0,1",
+        "rate=0.5",
+        'held_out=[["wiki"], []]',
+        "on=true,false",
+        "c=[wanda, x]",
+    ]
     assert sweep.grid(words) == {
         "criterion": ["wanda", "sparsegpt"],
         "technique": ["LR", "BR+GP"],

@@ -45,9 +45,5 @@ def beside(measured: Mapping[tuple[str, str, str], float], model: str) -> pd.Dat
     known = table("tables_1_3").fillna({"criterion": ""})
     require(model in set(known.model), "published", model, one_of(tuple(dict.fromkeys(known.model))))
     rows = known[known.model == model].set_index(["criterion", "technique"])
-    found = [
-        (c, t, d, value, float(rows[TEXTS[d]][c, t]))
-        for (c, t, d), value in measured.items()
-        if d in TEXTS and (c, t) in rows.index
-    ]
+    found = [(c, t, d, value, float(rows[TEXTS[d]][c, t])) for (c, t, d), value in measured.items() if d in TEXTS and (c, t) in rows.index]
     return pd.DataFrame([(*row, row[3] / row[4] - 1) for row in found], columns=names)
