@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import re
 import tomllib
 from pathlib import Path
@@ -17,10 +16,6 @@ ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 SOLUTIONS = sorted((ROOT / "notebooks" / "solutions").glob("*.ipynb"))
 REPOSITORY = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
-TINY = {
-    "model": "tiny", "corpus": "pydocs", "held_out": ["pydocs"], "test": ["pydocs"], "count": 8, "length": 32, "epochs": 1,
-    "held_out_count": 2, "test_count": 4, "test_length": 32, "evaluate": ["perplexity"],
-}  # fmt: skip
 both = pytest.mark.parametrize("file", NOTEBOOKS + SOLUTIONS, ids=lambda f: f"{f.parent.name}/{f.stem}")
 each = pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda f: f.stem)
 
@@ -95,17 +90,36 @@ def test_the_contents_page_lists_every_notebook() -> None:
     assert all(f"({f.name})" in page for f in NOTEBOOKS)
 
 
-ASKING = ("09_perplexity_and_zero_shot",)
-"Solutions that ask zero-shot tasks."
+def test_the_smoke_suite_runs_every_solution() -> None:
+    entries = suite.load_manifest(ROOT / "papermill_runs" / "smoke.toml").entries
+    assert {e.notebook.resolve() for e in entries} == {f.resolve() for f in NOTEBOOKS + SOLUTIONS}
+    assert all(e.parameters["model"] == "tiny" for e in entries if "model" in e.parameters)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("file", [pytest.param(f, id=f.stem, marks=[pytest.mark.assets] if f.stem in ASKING else []) for f in SOLUTIONS])
-def test_solutions_run(file: Path) -> None:
-    """In this process, on the tiny model; the notebooks themselves are run by the smoke suite."""
-    space: dict[str, Any] = {}
-    for cell in cells(file, "code"):
-        exec(compile(ast.parse(cell.source), file.name, "exec"), space)
-        if "parameters" in cell.metadata.get("tags", []):
-            space |= TINY
-    assert space["model"] == "tiny"
+@pytest.mark.parametrize("name", ["smoke", "offline", "offline-full", "colab", "paper", "speed", "regression", "regression-smoke"])
+def test_every_scale_is_possible(name: str) -> None:
+    """One file says what a scale is; what it asks of a notebook, the notebook has."""
+    found = suite.load_manifest(ROOT / "papermill_runs" / f"{name}.toml")
+    assert found.entries
+    page = (ROOT / "notebooks" / "README.md").read_text()
+    assert f"({Path('..', 'papermill_runs', f'{name}.toml').as_posix()})" in page
+    unused = name in ("colab", "paper", "offline-full")
+    assert ("ot run yet" in (ROOT / "papermill_runs" / f"{name}.toml").read_text().split("[defaults]")[0]) == unused
+
+
+def test_the_paper_scale_asserts_table_3() -> None:
+    entries = suite.load_manifest(ROOT / "papermill_runs" / "paper.toml").entries
+    [asserting] = [e for e in entries if e.parameters.get("within")]
+    assert (asserting.parameters["published"], asserting.parameters["within"], asserting.parameters["model"]) == ("opt-125m", 0.01, "facebook/opt-125m")
+    assert asserting.parameters["test_count"] == 0 and asserting.parameters["test_length"] == 2048, "the whole test texts"
+
+
+@each
+def test_every_figure_is_followed_by_its_reading(file: Path) -> None:
+    """A picture is saved by a cell; what comes next says what is to be seen in it."""
+    every = nbformat.read(file, as_version=4).cells
+    for i, cell in enumerate(every):
+        if cell.cell_type == "code" and "plots.save(" in cell.source:
+            following = every[i + 1 : i + 2]
+            said = [c for c in [cell, *following] if c.cell_type == "markdown" or "Markdown(" in c.source]
+            assert said, f"{file.stem}: cell {i} shows a figure that nothing reads: {cell.source[-120:]}"
