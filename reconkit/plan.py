@@ -9,14 +9,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import nn
 
-from . import cost, models, pruning, report
+from . import cost, data, models, pruning, report
 from .config import PruneConfig, RunConfig
 from .streams import Runner
 
-BLOCKS = 3  # that are looked at: enough for a window that overlaps both of its neighbours
+BLOCKS = 3  # that are looked at: enough for a window of two that overlaps both of its neighbours; windows of one need a neighbour less
 ENOUGH = 12.0  # seconds of looking after which no larger look is taken
 
 
@@ -28,11 +29,15 @@ class Look:
     epochs: int
     seconds: float
     rss_bytes: int
+    "Peak of RAM with the whole model, everything in the process included."
     gpu_bytes: int
+    "The same on the GPU."
     process_bytes: int
     "Peak of the whole process, loading included."
     blocks: int
     "Of the whole model."
+    extra: int = 0
+    "Samples of the text that only trains."
 
 
 @dataclass(frozen=True)
@@ -41,17 +46,19 @@ class Estimate:
 
     seconds: float
     rss_bytes: float
-    "Peak of RAM above what the process holds with the model loaded."
+    "Peak of RAM, everything in the process included."
     gpu_bytes: float
     "Peak on the GPU, the model included; 0 without one."
     probe_seconds: float
+    extra: int = 0
+    "Samples of the text that only trains."
 
 
 def estimate(job: RunConfig, *, offload: bool = False) -> Estimate:
     """Prune the first blocks a little, and say what all of it will take.
 
     With n samples and e epochs a walk takes A + n · (F + e · G) seconds and M + n · S bytes. Three looks, in processes of
-    their own so that no memory is used twice, give A, F, G and M, S.
+    their own so that no memory is used twice, give A, F, G and M, S. Text that only trains counts as samples.
 
     Args:
         job: model, count, length, held-out sets and how it is pruned.
@@ -61,36 +68,47 @@ def estimate(job: RunConfig, *, offload: bool = False) -> Estimate:
         ConfigError: as `prune`.
     """
     config, started = job.prune, time.perf_counter()
-    first = cost.apart(look, job, offload, config.batch_size, 1)
-    taken = time.perf_counter() - started
-    wide = cost.apart(look, job, offload, 2 * config.batch_size, 1) if taken < ENOUGH else None
-    long = cost.apart(look, job, offload, config.batch_size, 2) if taken < ENOUGH and config.trains else None
-    whole = first.blocks / min(BLOCKS, first.blocks)
-    epochs = config.epochs if config.steps is None else config.steps * config.batch_size / job.count
+    seen = min(BLOCKS, config.window_blocks + 1)
+    first = cost.apart(look, job, offload, config.batch_size, 1, seen)
+    taken, count = time.perf_counter() - started, job.count + first.extra
+    wide = cost.apart(look, job, offload, 2 * config.batch_size, 1, seen) if taken < ENOUGH else None
+    long = cost.apart(look, job, offload, config.batch_size, 2, seen) if taken < ENOUGH and config.trains else None
+    whole = first.blocks / min(seen, first.blocks)
+    epochs = config.epochs if config.steps is None else config.steps * config.batch_size / count
     per_epoch = max(long.seconds - first.seconds, 0.0) / first.samples if long else 0.0
     slope = max(wide.seconds - first.seconds, 0.0) / first.samples if wide else first.seconds / first.samples
-    seconds = first.seconds + (job.count - first.samples) * slope + job.count * (epochs - 1) * per_epoch
+    seconds = first.seconds + (count - first.samples) * slope + count * (epochs - 1) * per_epoch
 
     def peak(name: str) -> float:
         near, far = getattr(first, name), getattr(wide or first, name)
-        return near + (job.count - first.samples) * max(far - near, 0) / first.samples
+        return near + (count - first.samples) * max(far - near, 0) / first.samples
 
-    return Estimate(whole * seconds, peak("rss_bytes"), peak("gpu_bytes"), time.perf_counter() - started)
+    return Estimate(whole * seconds, peak("rss_bytes"), peak("gpu_bytes"), time.perf_counter() - started, first.extra)
 
 
 def look(job: RunConfig, offload: bool, samples: int, epochs: int, blocks: int = BLOCKS) -> Look:
     """Prune the first blocks with so many samples and epochs; once before it is timed, so that what is made once is there."""
+    base = psutil.Process().memory_info().rss
     with tempfile.TemporaryDirectory() as folder:
         options = {"dtype": getattr(torch, job.dtype), "device": job.device}
-        model, _ = models.open_model(job.model, Path(folder) / "blocks", **options) if offload else models.load_model(job.model, **options)
-        total = len(models.blocks(model)[1])
+        model, tokenizer = models.open_model(job.model, Path(folder) / "blocks", **options) if offload else models.load_model(job.model, **options)
+        extra = data.load_samples(job.extra, tokenizer, count=None, length=job.length, seed=job.seed) if job.extra else ()
+        total, size = len(models.blocks(model)[1]), _bytes(model)
         _shorten(model, blocks)
+        left_out = 0 if offload else size - _bytes(model)
         held_out = max(1, round(job.held_out_count * samples / job.count))
         few = replace(job.prune, epochs=epochs, steps=None, early_stopping=None, layer_sparsity={})
         with cost.measure() as used:
             _prune(model, job, replace(few, epochs=1), 1, 1)
             seconds = _prune(model, job, few, samples, held_out)
-    return Look(samples, epochs, seconds, used.rss_bytes, used.gpu_bytes, cost.process_peak(), total)
+    peak = cost.process_peak()
+    on_gpu = used.gpu_bytes > 0
+    rss = peak if offload or on_gpu else base + size + used.rss_bytes  # a whole model may be mapped from its file and not yet be resident
+    return Look(samples, epochs, seconds, rss, used.gpu_bytes + left_out if on_gpu else 0, peak, total, len(extra))
+
+
+def _bytes(model: nn.Module) -> int:
+    return sum(p.numel() * p.dtype.itemsize for p in model.parameters())
 
 
 def _prune(model: nn.Module, job: RunConfig, config: PruneConfig, samples: int, held_out: int) -> float:
@@ -121,8 +139,9 @@ def describe(model: nn.Module, job: RunConfig, found: Estimate, *, checkpoint: b
     weights, zeros = sum(n for _, n in chosen), sum(n * config.sparsity_of(name) for name, n in chosen)
     parameters = sum(p.numel() for p in model.parameters())
     windows = pruning.windows(len(layers), config.window_blocks, config.overlap_blocks)
-    steps = config.steps or config.epochs * math.ceil(job.count / config.batch_size)
-    samples = job.count + job.held_out_count * len(job.held_out)
+    trained = job.count + found.extra
+    steps = config.steps or config.epochs * math.ceil(trained / config.batch_size)
+    samples = trained + job.held_out_count * len(job.held_out)
     streams = samples * job.length * model.get_input_embeddings().embedding_dim * model.dtype.itemsize
     kept = parameters * model.dtype.itemsize + weights + 3 * streams  # blocks, masks, streams
     lines = {
@@ -133,7 +152,7 @@ def describe(model: nn.Module, job: RunConfig, found: Estimate, *, checkpoint: b
         "calibration": f"{job.count} samples of {job.length} tokens of {job.corpus}" + (f", and {job.extra}" if job.extra else ""),
         "held-out": f"{job.held_out_count} samples of each of {', '.join(job.held_out)}" if job.held_out else "none",
         "time": f"about {report.clock(found.seconds)}",
-        "memory": f"about {report.size(found.rss_bytes)} of RAM beside the model",
+        "memory": f"about {report.size(found.rss_bytes)} of RAM in all",
         "disk": report.size(parameters * model.dtype.itemsize),
     }
     if found.gpu_bytes:
@@ -142,5 +161,5 @@ def describe(model: nn.Module, job: RunConfig, found: Estimate, *, checkpoint: b
         lines["disk"] += f", and {report.size(kept)} for the checkpoint while it runs"
     if price_per_hour is not None:
         lines["cost"] = f"about {cost.money(found.seconds, price_per_hour):.3g}, at {price_per_hour:g} an hour"
-    lines["looked for"] = f"{found.probe_seconds:.0f} seconds, with {BLOCKS} blocks and few samples"
+    lines["looked for"] = f"{found.probe_seconds:.0f} seconds, with a few blocks and samples"
     return "\n".join([*(f"{name:<12} {text}" for name, text in lines.items()), *views.notes])
