@@ -55,7 +55,8 @@ def test_addresses_come_from_the_projects_one_setting(file: Path) -> None:
     owner = REPOSITORY.removeprefix("https://github.com/")
     header, install = cells(file, "markdown")[0].source, cells(file, "code")[0].source
     assert f"https://colab.research.google.com/github/{owner}/blob/main/notebooks/{file.name}" in header
-    assert f"git+{REPOSITORY}" in install
+    assert f"git+{REPOSITORY}" in install and "-c held.txt" in install
+    assert install == cells(NOTEBOOKS[0], "code")[0].source, "one set-up cell for all"
 
 
 @both

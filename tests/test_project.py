@@ -15,6 +15,7 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 import reconkit as rk
 
@@ -238,3 +239,14 @@ esac
     log.write_text("")
     subprocess.run([ROOT / ".ci/torch", stand_in, "https://index.example/cpu"], env={"PATH": path}, check=True)
     assert log.read_text().splitlines() == ["-m pip install -q -c constraints.txt --index-url https://index.example/cpu --no-deps torch==2.13.0"]
+
+
+def test_colabs_versions_are_within_our_bounds_so_that_an_install_moves_none() -> None:
+    lines = [line for line in (ROOT / ".ci" / "colab.txt").read_text().splitlines() if line and not line.startswith("#")]
+    theirs = {name: Version(version.removesuffix(".*")) for name, version in (line.split("==") for line in lines)}
+    assert set(theirs) == {"transformers", "datasets", "numpy", "pandas", "ipykernel"}
+    extras = PROJECT["optional-dependencies"]
+    for requirement in map(Requirement, [*PROJECT["dependencies"], *extras["colab"], *extras["notebooks"]]):
+        if requirement.name in theirs:
+            assert requirement.specifier.contains(theirs[requirement.name]), requirement
+    subprocess.run(["bash", "-n", ROOT / ".ci" / "colab"], check=True)

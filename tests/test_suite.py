@@ -279,3 +279,41 @@ def test_new_writes_what_can_be_run_and_overwrites_nothing(home: Path) -> None:
         suite.new(file)
     with pytest.raises(ConfigError, match="such as"):
         suite.new(home / "no-suffix")
+
+
+def test_a_scale_is_one_word(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest(home, name="large")
+    monkeypatch.chdir(home)
+    assert suite.load_manifest("large") == suite.load_manifest("papermill_runs/large.toml")
+    with pytest.raises(ConfigError, match="large.toml"):
+        suite.load_manifest("larger")
+
+
+def test_a_book_is_made_of_what_ran_here_or_was_published(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+    monkeypatch.setattr(suite.pages, "build", lambda executed, notebooks, out, repository: seen.update(executed, out=out, notebooks=notebooks))
+    file = manifest(home)
+    own, published = home / "papermill_runs" / "mine" / "00_one", home / "papermill_runs" / "published" / "mine"
+    for folder in (own, published / "00_one", published / "01_two"):
+        notebook(folder / "notebook.ipynb")
+    (own / "status.json").write_text(json.dumps({"state": "ok", "key": "", "seconds": 1}))
+    assert suite.book(file) == home / "papermill_runs" / "book" / "mine" / "index.html"
+    assert seen["00_one"] == own / "notebook.ipynb" and seen["01_two"] == published / "01_two" / "notebook.ipynb"
+    assert seen["notebooks"] == home / "notebooks"
+    (own / "status.json").write_text(json.dumps({"state": "failed", "key": "", "seconds": 1}))
+    suite.book(file, home / "elsewhere")
+    assert seen["00_one"] == published / "00_one" / "notebook.ipynb" and seen["out"] == home / "elsewhere"
+
+
+def test_publishing_writes_the_ledger_into_the_readme(home: Path) -> None:
+    book = home / "notebooks" / "00_one.ipynb"
+    told = '[{"claim": "it is so", "paper": "1", "expected here": "2", "measured": "3", "holds": "yes", "of": 4}]'
+    notebook(book, code=f'from pathlib import Path\nif out_dir:\n    Path(out_dir, "claims.json").write_text(\'{told}\')')
+    file = manifest(home, '[[run]]\nnotebook = "00_one"\n')
+    (home / "README.md").write_text("before\n<!-- ledger of mine -->\n<!-- end of ledger -->\nafter\n")
+    assert suite.run(file) == 0
+    suite.publish(file)
+    page = (home / "README.md").read_text()
+    assert "it is so: 3 ([00](papermill_runs/published/mine/00_one/notebook.ipynb))" in page and page.endswith("after\n")
+    assert "it is so" in (home / "papermill_runs" / "mine" / "index.html").read_text().split("<h2>00_one")[0]
+    assert "it is so" in (home / "papermill_runs" / "mine" / "ledger.csv").read_text()
