@@ -66,10 +66,12 @@ def build(executed: Mapping[str, Path], notebooks: Path, out: Path, repository: 
         repository: address that links to what is not part of the book lead to.
 
     Raises:
-        ConfigError: Sphinx is not installed, or there is nothing to make a book of.
+        ConfigError: Sphinx is not installed, there is nothing to make a book of, or `out` holds something else than a book.
         RuntimeError: Sphinx failed, with its last lines.
     """
     require(len(executed) > 0, "executed notebooks", 0, "one or more; run a suite first")
+    free = not out.exists() or (out.is_dir() and (not any(out.iterdir()) or (out / "searchindex.js").is_file()))
+    require(free, "--out", str(out), "a new or an empty folder, or an earlier book")
     try:
         import latex2mathml  # noqa: F401
         import myst_nb  # noqa: F401

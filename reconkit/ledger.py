@@ -43,9 +43,12 @@ def _read(file: Path) -> list[dict]:
 
 
 def verdict(rows: pd.DataFrame) -> str:
-    """Of the rows of one claim: "holds", "holds in part", "does not hold" or "not run"."""
+    """Of the rows of one claim: "holds here", "holds in part", "not shown here" or "not run".
+
+    What a small run does not show is not refuted by it, and what one shows holds for its model.
+    """
     said = set(rows.holds) - {""}
-    return {frozenset(): "not run", frozenset({"yes"}): "holds", frozenset({"no"}): "does not hold"}.get(frozenset(said), "holds in part")
+    return {frozenset(): "not run", frozenset({"yes"}): "holds here", frozenset({"no"}): "not shown here"}.get(frozenset(said), "holds in part")
 
 
 def as_html(table: pd.DataFrame) -> str:

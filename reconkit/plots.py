@@ -87,6 +87,11 @@ def save(figure: Axes | Figure | np.ndarray, name: str, data: pd.DataFrame | Map
     pd.DataFrame(data).to_csv(Path(out_dir) / "data" / f"{name}.csv", index=False)
 
 
+def close(figure: Axes | Figure | np.ndarray) -> None:
+    """Forget a figure that was saved; only notebooks show them."""
+    plt.close(figure if isinstance(figure, Figure) else np.ravel(figure)[0].get_figure())
+
+
 def as_svg(ax: Axes) -> str:
     """The figure of `ax` as an <svg> element, for a page that needs no other file."""
     out = io.StringIO()

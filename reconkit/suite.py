@@ -52,10 +52,14 @@ SCALES = "papermill_runs"
 OUT_DIR = "out_dir"
 PATHS = ("model", "corpus", "held_out", "test", "extra")
 "Parameters whose value may be a path."
+CHECKPOINT = "checkpoint"
+"One that is a folder, there or not yet."
 TIMED = ("seconds/", "memory/", "speed/", "ratio/", "gpu_hours/", "joules/", "money/")
 "Beginnings of measurements that differ between machines and are shown without a judgement."
 TOLERANCE = 0.03
 "Relative difference below which a number counts as reproduced: other processors sum in another order, and training amplifies it."
+NOTEBOOK = "00_start_here"
+"That a new manifest begins with."
 NEW = """# A suite: one [[run]] for each notebook execution. Run it with: reconkit suite run {name}
 
 [defaults]  # parameters for every notebook that has them
@@ -105,6 +109,9 @@ def load_manifest(manifest: str | Path) -> Suite:
         file = Path(SCALES, f"{manifest}.toml").absolute()
     if not file.is_file():
         known = sorted(p.name for p in file.parent.glob("*.toml")) if file.parent.is_dir() else []
+        if not file.suffix or str(manifest) == file.stem:
+            words = f"; a word such as offline is looked up in {SCALES}/ of the current folder"
+            raise ConfigError(f"There is no manifest {manifest}{words}{', which has: ' + ', '.join(known) if known else ''}.")
         raise ConfigError(f"There is no manifest {manifest}; {'there are: ' + ', '.join(known) if known else 'reconkit suite new writes one'}.")
     try:
         written = tomllib.loads(file.read_text(encoding="utf-8"))
@@ -151,6 +158,8 @@ def _entry(file: Path, row: Mapping[str, Any], defaults: Mapping[str, Any]) -> E
 
 def _absolute(name: str, value: Any, folder: Path) -> Any:
     """A model or text that lies beside the caller or the manifest, by its whole path: the notebook works in a folder of its own."""
+    if name == CHECKPOINT and value:
+        return os.path.abspath(value)
     if isinstance(value, list):
         return [_absolute(name, part, folder) for part in value]
     if name not in PATHS or not isinstance(value, str) or value in (*data.NAMED, models.OFFLINE, models.TINY):
@@ -502,7 +511,7 @@ def status(manifest: str | Path) -> str:
     return pd.DataFrame(rows, columns=["run", "state", "minutes", "reason"]).to_string(index=False)
 
 
-def new(manifest: str | Path, grid: Sequence[str] = (), *, notebook: str = "00_start_here") -> None:
+def new(manifest: str | Path, grid: Sequence[str] = (), *, notebook: str = NOTEBOOK) -> None:
     """Write a manifest to start from, or one with a run for every combination of a grid.
 
     Args:
@@ -521,6 +530,7 @@ def new(manifest: str | Path, grid: Sequence[str] = (), *, notebook: str = "00_s
     )
     require(not file.exists(), "manifest", manifest, "a file that is not there yet")
     asked = sweep.grid(grid)
+    require(bool(asked) or notebook == NOTEBOOK, "--notebook", notebook, "with a grid, such as seed=0,1")
     text = NEW.format(name=manifest)
     if asked:
         text = f"# A sweep of {notebook} over {', '.join(asked)}. Run it with: reconkit suite run {manifest}\n\n" + sweep.manifest(notebook, asked, 2)
@@ -626,7 +636,7 @@ def book(manifest: str | Path, out: str | Path | None = None) -> Path:
     for e in suite.entries:
         own, published = suite.folder / e.name / "notebook.ipynb", home / PUBLISHED / suite.name / e.name / "notebook.ipynb"
         found = own if own.is_file() and _status(suite, e).get("state") == "ok" else published
-        if found.is_file() and e.name == e.notebook.stem:
+        if found.is_file() and e.notebook.parent.resolve() == (home.parent / "notebooks").resolve():  # solutions are pages anyway
             executed[e.name] = found
     folder = Path(out) if out else home / "book" / suite.name
     pages.build(executed, home.parent / "notebooks", folder, _repository())

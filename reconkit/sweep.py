@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import itertools
 import json
+import math
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -18,8 +19,9 @@ from .config import require
 
 FOLDER = "sweep"
 SHOWN = ("nmse/", "perplexity/", "accuracy/", "seconds/prune")
-"Beginnings of the measurements that are drawn."
+"Beginnings of the measurements that are drawn; a notebook that has none of them shows its first ones."
 PANELS = 4
+SEED = "seed"
 
 
 def grid(words: Sequence[str]) -> dict[str, list[Any]]:
@@ -34,7 +36,7 @@ def grid(words: Sequence[str]) -> dict[str, list[Any]]:
         require(equals == "=" and name.isidentifier() and text.strip() != "", "grid", word, "NAME=VALUES, such as criterion=wanda,sparsegpt")
         whole = _toml(text)
         values = whole if isinstance(whole, list) else [_toml(part.strip()) for part in text.strip().removeprefix("[").removesuffix("]").split(",")]
-        require(len(values) > 0, name, text, "one value or more")
+        require(len(values) > 0 and "" not in values, name, text, "one value or more, and none of them empty")
         require(name not in found, "grid", word, "given once for each parameter")
         found[name] = values
     return found
@@ -70,20 +72,23 @@ def _written(value: Any) -> str:
 def tables(entries: Sequence[Any], folder: Path) -> dict[str, tuple[list[str], pd.DataFrame]]:
     """For each notebook that ran several times: the parameters that differ, and a row a run with these and all its numbers.
 
+    Runs that are no whole grid of what differs are no sweep: two scales of one notebook in a suite, say.
+
     Args:
         entries: of a suite, with name, notebook and parameters.
         folder: of that suite.
     """
     found = {}
-    by_notebook: dict[str, list[Any]] = {}
+    by_notebook: dict[Path, list[Any]] = {}
     for e in entries:
-        by_notebook.setdefault(e.notebook.stem, []).append(e)
-    for stem, some in by_notebook.items():
+        by_notebook.setdefault(e.notebook.resolve(), []).append(e)
+    for notebook, some in by_notebook.items():
         texts = pd.DataFrame([{k: _written(v) for k, v in e.parameters.items()} for e in some])
         swept = [name for name in texts if texts[name].nunique() > 1]
+        whole = math.prod(texts[name].nunique() for name in swept) == len(texts[swept].drop_duplicates())
         rows = [{"run": e.name, **{n: _plain(e.parameters[n]) for n in swept}, **_numbers(folder / e.name)} for e in some]
-        if swept:
-            found[stem] = (swept, pd.DataFrame(rows))
+        if swept and whole:
+            found[notebook.stem] = (swept, pd.DataFrame(rows))
     return found
 
 
@@ -105,15 +110,19 @@ def write(entries: Sequence[Any], folder: Path) -> str:
         there = folder / FOLDER
         there.mkdir(parents=True, exist_ok=True)
         table.to_csv(there / f"{stem}.csv", index=False)
-        measures = [c for c in table if c.startswith(SHOWN) and table[c].notna().any() and not c.startswith("perplexity/dense")][:PANELS]
+        known = [c for c in table.columns.drop(["run", *swept]) if table[c].notna().any()]
+        main = [c for c in known if c.startswith(SHOWN) and not c.startswith("perplexity/dense")]
+        measures = (main or known)[:PANELS]
         pictures = ""
         for name in swept if measures else []:
-            others = table[[s for s in swept if s != name]]
+            others = table[[s for s in swept if s not in (name, SEED)]]  # runs of several seeds share a place, and a mean
             by = others.astype(str).agg(", ".join, axis=1) if len(others.columns) else pd.Series("all runs", index=table.index)
             axes = plots.swept(table.assign(others=by), name, measures, "others")
             plots.save(axes, f"{stem}-{name}", table[["run", *swept, *measures]], there)
+            plots.close(axes)
             file = f"{FOLDER}/figures/{stem}-{name}"
             pictures += f'<a href="{file}.svg"><img src="{file}.png" alt="{html.escape(f"{stem} by {name}")}"></a>'
         shown = table[["run", *swept, *measures]].to_html(index=False, border=0, escape=True, na_rep="", float_format="{:.5g}".format)
-        parts.append(f"<h2>Sweep of {html.escape(stem)}</h2><p>By {html.escape(', '.join(swept))}.</p><div>{pictures}</div>{shown}")
+        said = f"By {', '.join(swept)}; the first {len(measures)} of {len(known)} measurements. All: {FOLDER}/{stem}.csv."
+        parts.append(f"<h2>Sweep of {html.escape(stem)}</h2><p>{html.escape(said)}</p><div>{pictures}</div>{shown}")
     return "\n".join(parts)

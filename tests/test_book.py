@@ -49,6 +49,10 @@ def test_a_picture_is_described_by_its_name_and_its_reading() -> None:
 def test_what_is_missing_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="run a suite first"):
         book.build({}, tmp_path, tmp_path / "out", ADDRESS)
+    (tmp_path / "mine.txt").write_text("kept")
+    with pytest.raises(ConfigError, match="an earlier book"):
+        book.build({"a": tmp_path}, tmp_path, tmp_path, ADDRESS)
+    assert (tmp_path / "mine.txt").is_file()
     monkeypatch.setitem(sys.modules, "myst_nb", None)
     with pytest.raises(ConfigError, match=r"reconkit\[book\]"):
         book.build({"a": tmp_path}, tmp_path, tmp_path / "out", ADDRESS)

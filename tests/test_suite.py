@@ -281,6 +281,14 @@ def test_new_writes_what_can_be_run_and_overwrites_nothing(home: Path) -> None:
         suite.new(home / "no-suffix")
 
 
+def test_a_checkpoint_is_a_folder_of_the_callers(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    notebook(home / "notebooks" / "00_one.ipynb", parameters='checkpoint: str = ""\nout_dir: str = ""')
+    monkeypatch.chdir(home)
+    text = '[[run]]\nnotebook = "00_one"\n[run.parameters]\ncheckpoint = "state"\n'
+    assert suite.load_manifest(manifest(home, text)).entries[0].parameters == {"checkpoint": str(home / "state")}
+    assert suite.load_manifest(manifest(home, '[[run]]\nnotebook = "00_one"\n')).entries[0].parameters == {"checkpoint": ""}
+
+
 def test_a_scale_is_one_word(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     manifest(home, name="large")
     monkeypatch.chdir(home)

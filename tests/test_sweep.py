@@ -36,7 +36,7 @@ def test_words_become_a_grid() -> None:
     }
 
 
-@pytest.mark.parametrize("word", ["criterion", "=a", "a=", "two words=1", "a=[]"])
+@pytest.mark.parametrize("word", ["criterion", "=a", "a=", "two words=1", "a=[]", "a=b,"])
 def test_a_word_that_is_none_is_named(word: str) -> None:
     with pytest.raises(ConfigError, match="is"):
         sweep.grid([word])
@@ -98,6 +98,40 @@ def test_one_table_and_one_figure_for_each_swept_parameter(home: Path) -> None:
 def test_a_suite_without_a_sweep_has_no_such_section(home: Path) -> None:
     found = swept(home, "criterion=wanda")
     assert sweep.write(found.entries, found.folder) == "" and not (found.folder / "sweep").exists()
+
+
+def test_runs_of_several_seeds_share_a_line(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = swept(home, "criterion=wanda,sparsegpt", "seed=0,1", "rate=0.1,0.2")
+    drawn = {}
+    draw = plots.swept
+    monkeypatch.setattr(plots, "swept", lambda data, name, measures, by: drawn.update({name: set(data[by])}) or draw(data, name, measures, by))
+    sweep.write(found.entries, found.folder)
+    assert drawn["criterion"] == {"0.1", "0.2"} and len(drawn["seed"]) == 4
+    assert not plt.get_fignums()
+
+
+def test_what_is_no_whole_grid_is_no_sweep(home: Path) -> None:
+    def entry(name: str, notebook: str, **parameters: object) -> suite.Entry:
+        return suite.Entry(name, home / "notebooks" / notebook, parameters)
+
+    scales = [entry("a", "00_start_here.ipynb", model="x", count=1), entry("b", "00_start_here.ipynb", model="y", count=2)]
+    assert sweep.tables(scales, home) == {}, "two of four"
+    assert sweep.tables([*scales, entry("c", "00_start_here.ipynb", model="x", count=2)], home) == {}, "three of four"
+    solution = [scales[0], entry("s", "solutions/00_start_here.ipynb", model="x", limit=1)]
+    assert sweep.tables(solution, home) == {}, "a notebook and its solutions are two"
+
+
+def test_a_notebook_without_the_usual_measurements_shows_its_first(home: Path) -> None:
+    found = swept(home, "seed=0,1")
+    for e in found.entries:
+        (found.folder / e.name / "metrics.json").write_text(json.dumps({"ratio/x": 1.0, "effect/y": 2.0}))
+    assert "first 2 of 2 measurements" in sweep.write(found.entries, found.folder)
+    assert (found.folder / "sweep" / "figures" / "00_start_here-seed.png").is_file()
+
+
+def test_another_notebook_needs_a_grid(home: Path) -> None:
+    with pytest.raises(ConfigError, match="with a grid"):
+        suite.new(home / "papermill_runs" / "mine.toml", notebook="01_two")
 
 
 def test_runs_that_failed_leave_gaps(home: Path) -> None:
