@@ -561,6 +561,17 @@ def _is_widget(output: Any) -> bool:
     return any("widget" in kind for kind in output.get("data", {}))
 
 
+def _retold(executed: Any, source: Any) -> Any:
+    """The executed cells of code between the paragraphs of `source`: prose is not executed, so an edit of it needs no new run."""
+    done, cells = [c for c in executed.cells if c.cell_type == "code"], []
+    for cell in source.cells:
+        cells.append(cell if cell.cell_type != "code" else done.pop(0))
+        while done and "injected-parameters" in done[0].metadata.get("tags", []):
+            cells.append(done.pop(0))
+    executed.cells = cells
+    return executed
+
+
 def _normalised(notebook: Any) -> Any:
     """Without ids, times, widget state and everything else that differs between two equal executions."""
     notebook.metadata = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}, "language_info": {"name": "python"}}
@@ -603,7 +614,7 @@ def publish(manifest: str | Path, only: str | None = None) -> None:
     for e in chosen:
         source, to = suite.folder / e.name, staging / e.name
         to.mkdir()
-        nbformat.write(_normalised(_read(source / "notebook.ipynb")), to / "notebook.ipynb")
+        nbformat.write(_normalised(_retold(_read(source / "notebook.ipynb"), _read(e.notebook))), to / "notebook.ipynb")
         for part in ("figures", "data"):
             if (source / part).is_dir():
                 shutil.copytree(source / part, to / part)

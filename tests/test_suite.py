@@ -281,6 +281,16 @@ def test_new_writes_what_can_be_run_and_overwrites_nothing(home: Path) -> None:
         suite.new(home / "no-suffix")
 
 
+def test_an_edit_of_the_prose_is_published_without_a_new_run(home: Path) -> None:
+    file, book = manifest(home, '[[run]]\nnotebook = "00_one"\n'), home / "notebooks" / "00_one.ipynb"
+    assert suite.run(file) == 0
+    notebook(book, text="# Better title\n\nand a sentence")
+    suite.publish(file)
+    cells = nbformat.read(home / "papermill_runs" / "published" / "mine" / "00_one" / "notebook.ipynb", as_version=4).cells
+    assert [c.cell_type for c in cells] == ["markdown", "code", "code", "code"] and cells[0].source.startswith("# Better title")
+    assert cells[2].metadata["tags"] == ["injected-parameters"] and cells[3].outputs
+
+
 def test_a_checkpoint_is_a_folder_of_the_callers(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     notebook(home / "notebooks" / "00_one.ipynb", parameters='checkpoint: str = ""\nout_dir: str = ""')
     monkeypatch.chdir(home)
