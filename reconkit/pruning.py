@@ -47,7 +47,7 @@ class PruneResult:
     sparsity: float
     "Share of zeros that the masks put into the prunable matrices of all blocks."
     seconds: float
-    "Wall time of the whole walk."
+    "Wall time of the whole walk, with that of the calls before where it continues from a checkpoint."
     peak_memory: dict[str, int]
     '"gpu": peak bytes on the GPU, "rss": peak bytes of RAM above what was in use before.'
     notes: list[str]
@@ -80,6 +80,8 @@ class Walk:
     training: list[tuple[str, int, str, float]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     pruned: int = 0
+    earlier: float = 0.0
+    "Seconds that the calls took whose state this one continues."
 
 
 def windows(count: int, width: int, overlap: int) -> list[range]:
@@ -125,7 +127,7 @@ def prune(
     with cost.measure() as used, _eager_experts(model), torch.random.fork_rng(devices=[]):
         model.eval()
         try:
-            walk, found = _walk(model, layers, name, sources, config, checkpoint, progress)
+            walk, found = _walk(model, layers, name, sources, config, checkpoint, progress, started)
         finally:
             for module, training in switches:
                 module.training = training
@@ -135,7 +137,7 @@ def prune(
         errors=pd.DataFrame(walk.errors, columns=["block", "source", "mse", "nmse"]),
         training=pd.DataFrame(walk.training, columns=["window", "epoch", "source", "loss"]),
         sparsity=walk.zeros / entries,
-        seconds=time.perf_counter() - started,
+        seconds=walk.earlier + time.perf_counter() - started,
         peak_memory={"gpu": used.gpu_bytes, "rss": used.rss_bytes},
         notes=walk.notes,
         config=config,
@@ -152,7 +154,14 @@ def _per_parameter(left: list[int], trained: int, tokens: int, model: nn.Module,
 
 
 def _walk(
-    model: nn.Module, layers: nn.ModuleList, name: str, sources: dict[str, Tensor], config: PruneConfig, folder: str | Path | None, progress: bool
+    model: nn.Module,
+    layers: nn.ModuleList,
+    name: str,
+    sources: dict[str, Tensor],
+    config: PruneConfig,
+    folder: str | Path | None,
+    progress: bool,
+    started: float,
 ) -> tuple[Walk, Found]:
     runner = Runner(model, layers)
     found = find(runner, sources["calibration"][: config.batch_size], config)
@@ -186,7 +195,8 @@ def _walk(
                 _agreed(runner, window)
                 _say(live, walk, bar)
                 if saved:
-                    parallel.at_main(partial(saved.save, number + 1, layers, window, vars(walk)))
+                    state = {**vars(walk), "earlier": walk.earlier + time.perf_counter() - started}
+                    parallel.at_main(partial(saved.save, number + 1, layers, window, state))
             except KeyboardInterrupt:
                 if saved and parallel.main():
                     print(f"\nStopped before window {number + 1} of {len(plan)}; the same call with checkpoint={str(folder)!r} continues there.")

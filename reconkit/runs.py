@@ -232,7 +232,7 @@ def _opened(config: RunConfig) -> Iterator[tuple[Any, Any]]:
     if not config.offload:
         yield models.load_model(config.model, **options)
         return
-    with tempfile.TemporaryDirectory(prefix=".blocks-", dir=_folder(), ignore_cleanup_errors=True) as folder:
+    with tempfile.TemporaryDirectory(prefix="reconkit-blocks-", ignore_cleanup_errors=True) as folder:  # no part of a cache on a slow or small drive
         yield models.open_model(config.model, Path(folder) / "blocks", **options)
 
 

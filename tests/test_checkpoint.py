@@ -57,6 +57,19 @@ def test_killed_at_every_window_and_resumed_ends_with_the_same_bits(technique: s
         assert same(prune(folder, technique), unbroken), f"killed after window {count}"
 
 
+def test_a_resumed_walk_counts_the_seconds_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    killed_after(2, tmp_path, monkeypatch, "BR")
+    real = checkpoint.Checkpoint.last
+
+    def last(self: Any) -> tuple[int, dict[str, Any]] | None:
+        done, record = real(self)
+        assert done == 2 and record["walk"]["earlier"] > 0
+        return done, {**record, "walk": {**record["walk"], "earlier": 1000.0}}
+
+    monkeypatch.setattr(checkpoint.Checkpoint, "last", last)
+    assert 1000 < prune(tmp_path, "BR")[1].seconds < 1200
+
+
 def test_a_finished_walk_is_read_and_not_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = prune(tmp_path)
     monkeypatch.setattr(pruning, "reconstruct", None)
