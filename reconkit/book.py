@@ -23,6 +23,7 @@ EXECUTED = re.compile(r" · \[executed copy\]\([^)]*\)")
 SAVED = re.compile(r'plots\.save\([^"]*"(\w+)"')
 WORDS = 40  # of the reading that a picture's alternative text has
 CONF = '''"""Written by reconkit.book."""
+from docutils.nodes import SkipNode
 from latex2mathml.converter import convert
 
 project, author, html_title = "reconkit", "reconkit", "reconkit"
@@ -41,12 +42,12 @@ suppress_warnings = ["myst.header", "mystnb.unknown_mime_type"]
 
 def inline(self, node):
     self.body.append(convert(node.astext()))
-    raise __import__("docutils.nodes").nodes.SkipNode
+    raise SkipNode
 
 
 def block(self, node):
     self.body.append('<div class="math">' + convert(node.astext(), display="block") + "</div>")
-    raise __import__("docutils.nodes").nodes.SkipNode
+    raise SkipNode
 
 
 def setup(app):  # browsers draw MathML themselves; the usual renderers fetch a script

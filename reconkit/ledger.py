@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import html
-import json
 from collections.abc import Iterable
 from pathlib import Path
 
 import pandas as pd
 
-from . import paper
+from . import paper, runs
 
 COLUMNS = ["number", "claim", "places", "published", "run", "here", "expected here", "measured", "holds", "why"]
 
@@ -27,19 +26,12 @@ def collect(folder: Path, names: Iterable[str]) -> pd.DataFrame:
     """
     rows = []
     for name in names:
-        for row in _read(folder / name / "claims.json"):
+        for row in runs.saved(folder / name / "claims.json") or []:
             if row.get("of"):
                 told = {key: row.get(key, "") for key in ("expected here", "measured", "holds", "why")}
                 rows.append({"number": int(row["of"]), "run": name, "here": row["claim"], **told})
     own = pd.DataFrame(rows, columns=["number", *COLUMNS[4:]])
     return paper.table("claims").merge(own, on="number", how="left").fillna("")[COLUMNS]
-
-
-def _read(file: Path) -> list[dict]:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return []
 
 
 def verdict(rows: pd.DataFrame) -> str:

@@ -245,6 +245,7 @@ def _compute(config: RunConfig, id: str, parts: dict[str, Any], folder: Path) ->
 
 
 def _measure(config: RunConfig, id: str, parts: dict[str, Any], folder: Path, model: Any, tokenizer: Any) -> None:
+    """Prune the open model and measure it; the record goes into `folder`."""
     started = time.time()
     progress.ABOUT.update(run=id, tag=config.tag)
     tested, own, blanks = _test_sets(config, model, tokenizer)  # too little text is said before anything is pruned
@@ -650,10 +651,18 @@ def save_claims(out_dir: str | Path, rows: Sequence[Mapping[str, Any]]) -> pd.Da
         rows: beside these columns a row may have `of`, the number of the paper's claim that it answers (`paper.table("claims")`),
             and `why`, the reason that was found where it does not hold. The ledger of a suite collects both.
     """
-    table = pd.DataFrame([{"of": None, "why": "", **row} for row in rows], columns=[*CLAIM, "of", "why"], dtype=object)
-    table["why"] = table.why.where(~table.holds.astype(bool), "")
-    table["holds"] = table["holds"].map({True: "yes", False: "no"})
+    kept = []
+    for row in rows:
+        more = {name: row[name] for name in ("of", "why") if row.get(name) and not (name == "why" and row["holds"])}
+        kept.append({**{name: row[name] for name in CLAIM}, "holds": "yes" if row["holds"] else "no", **more})
     if str(out_dir):
-        kept = [{name: value for name, value in row.items() if value not in (None, "") and value == value} for row in table.to_dict("records")]
-        (Path(out_dir) / "claims.json").write_text(json.dumps(kept, indent=1, default=int), encoding="utf-8")
-    return table[CLAIM]
+        (Path(out_dir) / "claims.json").write_text(json.dumps(kept, indent=1), encoding="utf-8")
+    return pd.DataFrame(kept, columns=CLAIM)
+
+
+def saved(file: Path) -> Any:
+    """What a notebook or its suite run left as JSON, by `save_metrics` say; None where there is nothing that can be read."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None

@@ -109,10 +109,8 @@ def load_manifest(manifest: str | Path) -> Suite:
         file = Path(SCALES, f"{manifest}.toml").absolute()
     if not file.is_file():
         known = sorted(p.name for p in file.parent.glob("*.toml")) if file.parent.is_dir() else []
-        if not file.suffix or str(manifest) == file.stem:
-            words = f"; a word such as offline is looked up in {SCALES}/ of the current folder"
-            raise ConfigError(f"There is no manifest {manifest}{words}{', which has: ' + ', '.join(known) if known else ''}.")
-        raise ConfigError(f"There is no manifest {manifest}; {'there are: ' + ', '.join(known) if known else 'reconkit suite new writes one'}.")
+        hint = f"a word is looked up in {SCALES}/ of the current folder, " if str(manifest) == file.stem else ""
+        raise ConfigError(f"There is no manifest {manifest}; {hint}{'there are: ' + ', '.join(known) if known else 'reconkit suite new writes one'}.")
     try:
         written = tomllib.loads(file.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -485,10 +483,7 @@ def _clock(seconds: float) -> str:
 
 
 def _status(suite: Suite, entry: Entry) -> dict[str, Any]:
-    try:
-        return json.loads((suite.folder / entry.name / "status.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
+    return runs.saved(suite.folder / entry.name / "status.json") or {}
 
 
 def _state(suite: Suite, entry: Entry, key: str) -> str:
@@ -665,21 +660,14 @@ def compared(suite: Suite) -> pd.DataFrame:
     """Every number of every run, yours beside the published one: run, metric, yours, published, difference, reproduced."""
     rows = []
     for e in suite.entries:
-        mine = _numbers(suite.folder / e.name / "metrics.json")
-        theirs = _numbers(suite.folder.parent / PUBLISHED / suite.name / e.name / "metrics.json")
+        mine = runs.saved(suite.folder / e.name / "metrics.json") or {}
+        theirs = runs.saved(suite.folder.parent / PUBLISHED / suite.name / e.name / "metrics.json") or {}
         for name in dict.fromkeys([*mine, *theirs]):
             a, b = mine.get(name, math.nan), theirs.get(name, math.nan)
             difference = (a - b) / abs(b) if b else (0.0 if a == b else math.nan)
             judged = "" if name.startswith(TIMED) or difference != difference else "yes" if abs(difference) <= TOLERANCE else "no"
             rows.append((e.name, name, a, b, difference, judged))
     return pd.DataFrame(rows, columns=["run", "metric", "yours", "published", "difference", "reproduced"])
-
-
-def _numbers(file: Path) -> dict[str, float]:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
 
 
 def index(suite: Suite) -> None:
@@ -731,10 +719,8 @@ def index(suite: Suite) -> None:
 
 
 def _claims(file: Path) -> str:
-    try:
-        return pd.DataFrame(json.loads(file.read_text(encoding="utf-8"))).to_html(index=False, border=0, escape=True)
-    except (OSError, ValueError):
-        return ""
+    rows = runs.saved(file)
+    return pd.DataFrame(rows, columns=[*runs.CLAIM, "why"]).to_html(index=False, border=0, escape=True, na_rep="") if rows else ""
 
 
 PAGE = """<!DOCTYPE html>

@@ -14,7 +14,7 @@ from typing import Any
 
 import pandas as pd
 
-from . import plots
+from . import plots, runs
 from .config import require
 
 FOLDER = "sweep"
@@ -86,7 +86,7 @@ def tables(entries: Sequence[Any], folder: Path) -> dict[str, tuple[list[str], p
         texts = pd.DataFrame([{k: _written(v) for k, v in e.parameters.items()} for e in some])
         swept = [name for name in texts if texts[name].nunique() > 1]
         whole = math.prod(texts[name].nunique() for name in swept) == len(texts[swept].drop_duplicates())
-        rows = [{"run": e.name, **{n: _plain(e.parameters[n]) for n in swept}, **_numbers(folder / e.name)} for e in some]
+        rows = [{"run": e.name, **{n: _plain(e.parameters[n]) for n in swept}, **(runs.saved(folder / e.name / "metrics.json") or {})} for e in some]
         if swept and whole:
             found[notebook.stem] = (swept, pd.DataFrame(rows))
     return found
@@ -94,13 +94,6 @@ def tables(entries: Sequence[Any], folder: Path) -> dict[str, tuple[list[str], p
 
 def _plain(value: Any) -> Any:
     return ", ".join(map(str, value)) if isinstance(value, list) else value
-
-
-def _numbers(folder: Path) -> dict[str, float]:
-    try:
-        return json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
 
 
 def write(entries: Sequence[Any], folder: Path) -> str:
