@@ -69,7 +69,7 @@ def test_dead_processes_and_numbers_used_again_are_not_running() -> None:
 
 
 def test_a_late_watcher_sees_the_whole_course_and_leaves_the_run_alone(tmp_path: Path) -> None:
-    process = pruning(tmp_path, "--epochs", "400")
+    process = pruning(tmp_path, "--epochs", "4000")  # killed long before its end, on a fast machine, too
     watcher = subprocess.Popen([sys.executable, "-m", "reconkit", "watch", str(process.pid)], stdout=subprocess.PIPE, text=True)
     said = "".join(watcher.stdout.readline() for _ in range(3))
     assert "BR+GP wanda" in said and "loss of window" in said and "pydocs" in said
@@ -87,7 +87,7 @@ def test_a_late_watcher_sees_the_whole_course_and_leaves_the_run_alone(tmp_path:
 
 
 def test_a_killed_child_that_nobody_waited_for_is_not_running(tmp_path: Path) -> None:
-    process = pruning(tmp_path, "--epochs", "400")
+    process = pruning(tmp_path, "--epochs", "4000")  # killed long before its end, on a fast machine, too
     process.kill()
     until = time.time() + 10
     while psutil.Process(process.pid).status() != psutil.STATUS_ZOMBIE and time.time() < until:
