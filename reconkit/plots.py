@@ -375,8 +375,9 @@ def pareto(data: pd.DataFrame, cost: str, quality: str, *, name: str = "name", b
     ax.plot(rest[cost], rest[quality], linestyle="none", marker="o", color=COLOURS[6], alpha=0.5, label="beaten by another")
     ax.plot(front[cost], front[quality], drawstyle="steps-post", marker="o", color=COLOURS[0], label="beaten by none")
     _axes(ax, cost, quality, False)
-    ax.margins(x=0.15)
-    _label_ends(ax, [(row[cost], row[quality], str(row[name]), INK) for _, row in front.iterrows()])
+    ax.margins(x=0.15, y=0.15)
+    for _, row in front.iterrows():  # no version lies below and to the left of the line
+        ax.annotate(str(row[name]), (row[cost], row[quality]), xytext=(3, -5), textcoords="offset points", va="top", color=INK, fontsize=8.5)
     ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
     return ax
 
