@@ -14,6 +14,7 @@ from torch import Tensor
 
 SUB_BLOCK = 16  # columns updated one by one inside SparseGPT's column block; the rest of the block follows by one product
 ROWS = 256  # rows whose groups of M are ranked at once, which takes 2 · M bytes a weight
+BAND = 256  # rows that a factorisation takes at once
 RAISE = 10.0  # factor between two tries of the damping
 TRIES = 6
 
@@ -164,19 +165,35 @@ def _columns(w: Tensor, kept: Tensor, moves: Tensor, lower: Tensor, changes: Ten
 
 
 def _factor(hessian: Tensor, damping: float) -> tuple[Tensor, list[str]]:
-    """Rᵀ with R Rᵀ = H + λ I for an upper triangular R, and a note where λ had to be raised.
+    """Rᵀ with R Rᵀ = H + λ I for an upper triangular R, below its diagonal what it may, and a note where λ had to be raised.
 
-    It is the Cholesky factor with the order of the columns reversed; R⁻¹ is the factor U of the inverse.
+    R⁻¹ is the factor U of the inverse.
     """
     mean = hessian.diagonal().mean()
     unit = torch.where(mean > 0, mean, torch.ones_like(mean))
     for tried in range(TRIES):
         share = damping * RAISE**tried
-        damped = hessian.flip(0, 1)
+        damped = hessian.clone()
         damped.diagonal().add_(share * unit)
-        factor, info = torch.linalg.cholesky_ex(damped)
-        if int(info) == 0 and torch.isfinite(factor.diagonal()).all():
+        if _reversed_cholesky(damped):
             times = "" if tried == 1 else f" {tried} times"
             raised = f"the Hessian was not positive definite, so damping was raised{times}, from {damping:g} to {share:g}"
-            return factor.t().flip(0, 1).contiguous(), [raised] if tried else []
+            return damped, [raised] if tried else []
     raise FloatingPointError(f"A Hessian is not positive definite even with damping {share:g}; look at the calibration text, or raise damping.")
+
+
+def _reversed_cholesky(matrix: Tensor) -> bool:
+    """Put the lower triangular L with LᵀL = `matrix` (n, n) in its place, and tell whether there is one; above the diagonal is left what was there.
+
+    From the last rows up, a band at a time. It is the Cholesky factor of the matrix with its rows and columns reversed, for which
+    torch would turn the matrix over twice, and clear the other triangle against the grain of its memory, which takes as long as all else.
+    """
+    for start in reversed(range(0, len(matrix), BAND)):
+        band = slice(start, min(start + BAND, len(matrix)))
+        rows = matrix[band, : band.stop].addmm_(matrix[band.stop :, band].t(), matrix[band.stop :, : band.stop], alpha=-1)
+        factor, info = torch.linalg.cholesky_ex(rows[:, start:].flip(0, 1))
+        if int(info) or not torch.isfinite(factor.diagonal()).all():
+            return False
+        rows[:, start:] = factor.t().flip(0, 1)
+        rows[:, :start] = torch.linalg.solve_triangular(rows[:, start:].t(), rows[:, :start], upper=True)
+    return True

@@ -168,3 +168,19 @@ def test_an_input_that_is_always_zero_is_no_failure() -> None:
     found.add(torch.zeros(10, 8))
     [new], [mask], notes = criteria.sparsegpt([torch.arange(1.0, 17).view(2, 8)], found, [0.5])
     assert torch.isfinite(new).all() and mask.sum() == 8 and not notes
+
+
+@pytest.mark.parametrize("columns", [1, criteria.BAND, 2 * criteria.BAND + 1])
+def test_factor_of_bands_is_that_of_the_whole(columns: int) -> None:
+    inputs = torch.randn(columns + 50, columns, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    hessian = inputs.t() @ inputs
+    found, notes = criteria._factor(hessian.clone(), 0.01)
+    damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(columns, dtype=torch.float64)
+    torch.testing.assert_close(found.tril(), torch.linalg.cholesky(damped.flip(0, 1)).t().flip(0, 1))
+    assert notes == []
+
+
+def test_no_factor_where_a_later_band_is_not_positive() -> None:
+    matrix = torch.eye(criteria.BAND + 2)
+    matrix[0, 0] = -1
+    assert not criteria._reversed_cholesky(matrix)
