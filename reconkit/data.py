@@ -16,6 +16,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
+from importlib.metadata import version
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -128,7 +129,7 @@ def load_reported(corpus: str, tokenizer: PreTrainedTokenizerBase, *, length: in
     files = _files("c4", "validation")
     texts = chain.from_iterable(map(_read_jsonl, files)) if files else _c4_stream("validation")
     joined = " ".join(str(text) for text in islice(texts, documents))
-    windows = _from_running_text(_pieces(joined), tokenizer, None, length, _generator("c4"))[:most]
+    windows = _windows(_joined(_pieces(joined), tokenizer), None, length, _generator("c4"))[:most]
     require(len(windows) > 0, "length", length, "shorter than the text of C4 that is there")
     return torch.from_numpy(windows.copy())
 
@@ -153,7 +154,7 @@ def _drawn(corpus: str, tokenizer: PreTrainedTokenizerBase, count: int | None, l
     generator = _generator(*label, length, seed)
     if corpus == "c4" or corpus not in NAMED and Path(corpus).suffix != ".txt":
         return _from_documents(corpus, split, tokenizer, count, length, generator)
-    return _from_running_text(_running_text(corpus, split), tokenizer, count, length, generator)
+    return _windows(_running_tokens(corpus, split, tokenizer), count, length, generator)
 
 
 def identity(corpus: str, split: str = "train") -> str:
@@ -225,13 +226,30 @@ def _from_documents(
     return samples[:count]
 
 
-def _from_running_text(
-    pieces: list[str], tokenizer: PreTrainedTokenizerBase, count: int | None, length: int, generator: np.random.RandomState
-) -> np.ndarray:
-    """Windows at multiples of `length`: `count` of them in drawn order, or all in order."""
+def _running_tokens(corpus: str, split: str, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+    """The tokens of running text; of an offline one they are kept, since every run is a process of its own that asks for six of them."""
     import numpy as np
 
-    tokens = np.fromiter(chain.from_iterable(_tokens(pieces, tokenizer)), dtype=np.int64)
+    if corpus not in OFFLINE or not tokenizer.is_fast:
+        return _joined(_running_text(corpus, split), tokenizer)
+    facts = [identity(corpus, split), _sum(tokenizer.backend_tokenizer.to_str().encode()), version("tokenizers"), version("transformers")]
+    file = assets.cache_dir() / "text" / _made_by() / f"{corpus}-{split}-{_sum(repr(facts).encode())[:16]}.npy"
+    if not file.is_file():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_name(f".{os.getpid()}.{file.name}")
+        np.save(partial, _joined(_running_text(corpus, split), tokenizer))
+        partial.replace(file)
+    return np.load(file)
+
+
+def _joined(pieces: list[str], tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+    import numpy as np
+
+    return np.fromiter(chain.from_iterable(_tokens(pieces, tokenizer)), dtype=np.int64)
+
+
+def _windows(tokens: np.ndarray, count: int | None, length: int, generator: np.random.RandomState) -> np.ndarray:
+    """Windows at multiples of `length`: `count` of them in drawn order, or all in order."""
     windows = tokens[: len(tokens) // length * length].reshape(-1, length)
     return windows if count is None else windows[generator.permutation(len(windows))[:count]]
 

@@ -415,7 +415,10 @@ def test_pydocs(tokenizer: Any, cache: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert not any(">>>" in text for part in parts for text in part)
     assert [p.suffix for p in (cache / "text").rglob("*") if p.is_file()] == [".json"]
     monkeypatch.setattr(data, "_docstrings", lambda: pytest.fail("parsed again"))
-    assert data.load_samples("pydocs", tokenizer, count=4, length=64).shape == (4, 64)
+    drawn = data.load_samples("pydocs", tokenizer, count=4, length=64)
+    assert drawn.shape == (4, 64)
+    monkeypatch.setattr(data, "_running_text", lambda *_: pytest.fail("tokenised again"))
+    assert torch.equal(data.load_samples("pydocs", tokenizer, count=4, length=64), drawn)
 
 
 @pytest.mark.assets
