@@ -375,9 +375,8 @@ def pareto(data: pd.DataFrame, cost: str, quality: str, *, name: str = "name", b
     ax.plot(rest[cost], rest[quality], linestyle="none", marker="o", color=COLOURS[6], alpha=0.5, label="beaten by another")
     ax.plot(front[cost], front[quality], drawstyle="steps-post", marker="o", color=COLOURS[0], label="beaten by none")
     _axes(ax, cost, quality, False)
-    ax.margins(x=0.15, y=0.15)
-    for _, row in front.iterrows():  # no version lies below and to the left of the line
-        ax.annotate(str(row[name]), (row[cost], row[quality]), xytext=(3, -5), textcoords="offset points", va="top", color=INK, fontsize=8.5)
+    ax.margins(x=0.25, y=0.15)
+    _label_ends(ax, [(row[cost], row[quality], str(row[name]), INK) for _, row in front.iterrows()], left=True)  # where neither line nor version is
     ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
     return ax
 
@@ -484,14 +483,15 @@ def _first_digit(value: float) -> int:
     return int(f"{value:e}"[0])
 
 
-def _label_ends(ax: Axes, ends: list[tuple[float, float, str, str]]) -> None:
-    """Each line's name to the right of its end, moved apart where ends are close."""
+def _label_ends(ax: Axes, ends: list[tuple[float, float, str, str]], *, left: bool = False) -> None:
+    """Each line's name to the right of its end, moved up where ends are close; or to the left of it, moved down."""
     figure = ax.get_figure()
     figure.canvas.draw()
-    points = sorted((ax.transData.transform((x, y))[1], x, y, name, colour) for x, y, name, colour in ends if np.isfinite(y))
+    side, align = (-1, "right") if left else (1, "left")
+    points = sorted((side * ax.transData.transform((x, y))[1], x, y, name, colour) for x, y, name, colour in ends if np.isfinite(y))
     gap, last = 11.0 * figure.dpi / 72, -np.inf
     for height, x, y, name, colour in points:
         place = max(height, last + gap)
         last = place
-        offset = (place - height) * 72 / figure.dpi
-        ax.annotate(name, (x, y), xytext=(7, offset), textcoords="offset points", va="center", color=colour, fontsize=8.5, annotation_clip=False)
+        offset = (side * 7, side * (place - height) * 72 / figure.dpi)
+        ax.annotate(name, (x, y), xytext=offset, textcoords="offset points", ha=align, va="center", color=colour, fontsize=8.5, annotation_clip=False)
