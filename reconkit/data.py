@@ -235,10 +235,8 @@ def _running_tokens(corpus: str, split: str, tokenizer: PreTrainedTokenizerBase)
     facts = [identity(corpus, split), _sum(tokenizer.backend_tokenizer.to_str().encode()), version("tokenizers"), version("transformers")]
     file = assets.cache_dir() / "text" / _made_by() / f"{corpus}-{split}-{_sum(repr(facts).encode())[:16]}.npy"
     if not file.is_file():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_name(f".{os.getpid()}.{file.name}")
-        np.save(partial, _joined(_running_text(corpus, split), tokenizer))
-        partial.replace(file)
+        with _aside(file) as partial, partial.open("wb") as stream:
+            np.save(stream, _joined(_running_text(corpus, split), tokenizer))
     return np.load(file)
 
 
@@ -586,7 +584,14 @@ def _file_sum(path: Path) -> str:
 
 def write_text(path: Path, text: str) -> None:
     """Write aside and move into place, so that a broken write never looks whole."""
+    with _aside(path) as partial:
+        partial.write_text(text, encoding="utf-8", newline="\n")
+
+
+@contextmanager
+def _aside(path: Path) -> Iterator[Path]:
+    """A file beside `path`, whose folder is made, that takes its place once all is written."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(text, encoding="utf-8", newline="\n")
+    yield partial
     partial.replace(path)
