@@ -33,6 +33,7 @@ PRELOAD = (
     "pandas",
     "psutil",
     "filelock",
+    "scipy.stats",
     "tqdm",
 )
 "What the server imports once, so that a fresh process costs a fork instead of seconds. Importing them neither computes nor wakes a GPU."

@@ -139,10 +139,36 @@ def cloze(model: PreTrainedModel, samples: Tensor, items: Tensor, *, batch_size:
         if not len(asked):
             continue
         logits = model(input_ids=samples[rows].to(model.device), use_cache=False).logits
-        chosen = items[asked].to(logits.device)
-        scores = logits[chosen[:, 0] - int(rows[0]), chosen[:, 1] - 1].float().gather(1, chosen[:, 2:])
-        right[asked] = (scores[:, 0] > scores[:, 1:].max(1).values).cpu()
+        right[asked] = _finds(logits, items[asked], int(rows[0]))
     return right
+
+
+def _finds(logits: Tensor, items: Tensor, first: int) -> Tensor:
+    """As `cloze`, from the logits (B, T, vocabulary) of the samples from `first` on."""
+    items = items.to(logits.device)
+    scores = logits[items[:, 0] - first, items[:, 1] - 1].float().gather(1, items[:, 2:])
+    return (scores[:, 0] > scores[:, 1:].max(1).values).cpu()
+
+
+@torch.no_grad()
+def _nll_and_cloze(model: PreTrainedModel, samples: Tensor, filled: Tensor, items: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
+    """`sequence_nll` of `samples` and `cloze` of `items` in `filled`, which begins with them; what both ask for is read once."""
+    size = min(batch_size, LOGITS // (samples.shape[1] * model.get_output_embeddings().out_features))
+    if not size or offload.of(model):
+        return sequence_nll(model, samples, batch_size=batch_size), cloze(model, filled, items, batch_size=batch_size)
+    common = items[:, 0] < len(samples)
+    right = torch.zeros(len(items), dtype=torch.bool)
+    others = items[~common].clone()
+    others[:, 0] -= len(samples)
+    right[~common] = cloze(model, filled[len(samples) :], others, batch_size=batch_size)
+    found = []
+    for rows in torch.arange(len(samples)).split(size):
+        ids = samples[rows].to(model.device)
+        logits = model(input_ids=ids, use_cache=False).logits
+        found.append(_nll(logits[:, :-1], ids[:, 1:]).mean(1))
+        asked = common & torch.isin(items[:, 0], rows)
+        right[asked] = _finds(logits, items[asked], int(rows[0]))
+    return torch.cat(found), right
 
 
 @torch.no_grad()
@@ -242,9 +268,12 @@ def evaluate(
         for c in perplexity
     }
     with cost.measure() as used:
-        rows = []
+        rows, right = [], None
         for corpus, samples in {**drawn, **(texts or {})}.items():
-            nll = sequence_nll(model, samples, batch_size=batch_size)
+            if blanks and right is None and torch.equal(samples, blanks[0][: len(samples)]):
+                nll, right = _nll_and_cloze(model, samples, *blanks, batch_size)
+            else:
+                nll = sequence_nll(model, samples, batch_size=batch_size)
             low, high = perplexity_interval(nll)
             row = {
                 "corpus": corpus,
@@ -264,7 +293,7 @@ def evaluate(
                 row |= dict(zip(("ratio", "ratio_low", "ratio_high"), ratio, strict=True))
             rows.append({**row, "nll": nll.tolist()})
         asked = _zero_shot_record(model, tokenizer, tasks, limit, seed, against) if tasks else []
-        filled = _cloze_record(model, *blanks, against, batch_size) if blanks else None
+        filled = _cloze_record(model, *blanks, right, against, batch_size) if blanks else None
         written = generations(model, tokenizer, prompts) if prompts is not None else []
         models = {"this": model} | ({} if against is None else {"against": against})
         if speed and (other := compressed(model)) is not None:
@@ -308,8 +337,11 @@ def _zero_shot_record(
     return [{**row, "items": items_sum(row["task"], limit, seed), "right": own[row["task"]][row["metric"]]} for row in table.to_dict("records")]
 
 
-def _cloze_record(model: PreTrainedModel, samples: Tensor, items: Tensor, against: PreTrainedModel | None, batch_size: int) -> dict[str, Any]:
-    right = cloze(model, samples, items, batch_size=batch_size)
+def _cloze_record(
+    model: PreTrainedModel, samples: Tensor, items: Tensor, right: Tensor | None, against: PreTrainedModel | None, batch_size: int
+) -> dict[str, Any]:
+    """`right` is the model's `cloze`, where it is known already."""
+    right = cloze(model, samples, items, batch_size=batch_size) if right is None else right
     value, error = float(right.double().mean()), clustered_error(right, items[:, 0])
     found = {"value": value, "low": value - Z95 * error, "high": value + Z95 * error, "n": len(right)}
     if against is not None:

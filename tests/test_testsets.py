@@ -68,6 +68,23 @@ def test_answers_equal_the_obvious_way(tiny: tuple) -> None:
         assert right == bool((scores[0] > scores[1:]).all())
 
 
+@pytest.mark.parametrize("shared", [3, 5])
+def test_what_perplexity_and_cloze_both_read_is_read_once(tiny: tuple, shared: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = tiny
+    samples = torch.randint(3, 200, (5, 24), generator=torch.Generator().manual_seed(0))
+    items = torch.stack([torch.arange(30) % 5, torch.randint(1, 24, (30,)), *(torch.randint(3, 200, (30,)) for _ in range(4))], 1)
+    nll, right = evaluation.sequence_nll(model, samples[:shared], batch_size=2), evaluation.cloze(model, samples, items, batch_size=2)
+    read = []
+    handle = model.register_forward_pre_hook(lambda _, args, kwargs: read.append(len(kwargs["input_ids"])), with_kwargs=True)
+    options = {"perplexity": (), "texts": {"first": samples[:shared], "second": samples[1:]}, "blanks": (samples, items), "batch_size": 2}
+    found = evaluation.evaluate(model, tokenizer, **options)
+    handle.remove()
+    assert sum(read) == 5 + 4
+    assert found["perplexity"][0]["nll"] == pytest.approx(nll.tolist(), rel=1e-6) and found["cloze"]["right"] == right.int().tolist()
+    other = evaluation.evaluate(model, tokenizer, **options | {"texts": {"other": samples[1:]}})
+    assert other["cloze"]["right"] == right.int().tolist()
+
+
 def test_the_error_of_clustered_answers() -> None:
     right = torch.tensor([1, 1, 0, 0, 1, 0, 1, 0]).bool()
     alone = evaluation.clustered_error(right, torch.arange(8))
@@ -121,7 +138,7 @@ def test_a_corpus_gives_as_many_samples_as_the_blanks_take(tiny: tuple, monkeypa
     monkeypatch.setattr(testsets.data, "load_samples", lambda *_, count, **__: asked.append(count) or text(count))
     monkeypatch.setattr(evaluation, "cloze", lambda model, samples, items, **_: torch.ones(len(items), dtype=torch.bool))
     samples, items = testsets.cloze_of(tiny[0], WORDS, "made", length=40)
-    assert asked == [16, 32] and len(samples) == 32 and len(items) == 500
+    assert asked == [16, 24, 32] and len(samples) == 32 and len(items) == 500
     asked.clear()
     with pytest.raises(ConfigError, match="only 0 blanks"):
         testsets.cloze_of(*tiny, "made", length=40)
