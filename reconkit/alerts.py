@@ -141,9 +141,7 @@ def _verdicts(versions: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def _judge(
-    rule: Rule, own: pd.Series, row: pd.Series, group: pd.DataFrame, found: pd.DataFrame, which: str
-) -> dict[str, Any] | tuple[bool, str]:
+def _judge(rule: Rule, own: pd.Series, row: pd.Series, group: pd.DataFrame, found: pd.DataFrame, which: str) -> dict[str, Any] | tuple[bool, str]:
     """An alert, or whether the comparison was done and what is to be said; `found` are the versions to compare with, called `which`."""
     value, name = _number(row["value"]), name_of(rule.metric, row["test_set"])
     if not math.isfinite(value):

@@ -206,7 +206,7 @@ def _suite_words(word: argparse.ArgumentParser) -> None:
     bound.add_argument("--out", metavar="DIR", help="its folder, which is replaced; default: papermill_runs/book/NAME")
     new = _word(words, "new", suite_new, "write a manifest to start from, or one with every combination of a grid")
     new.add_argument("manifest", metavar="NAME.toml")
-    new.add_argument("grid", nargs="*", metavar="NAME=VALUES", help="such as criterion=wanda,sparsegpt 'technique=[\"LR\", \"BR\"]' seed=0,1,2")
+    new.add_argument("grid", nargs="*", metavar="NAME=VALUES", help='such as criterion=wanda,sparsegpt \'technique=["LR", "BR"]\' seed=0,1,2')
     new.add_argument("--notebook", default="00_start_here", help="that is swept; default: %(default)s")
 
 

@@ -106,9 +106,7 @@ def _standard_error(values: torch.Tensor) -> float:
     return float(values.std() / math.sqrt(len(values))) if len(values) > 1 else math.inf
 
 
-def answers(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[str], *, limit: int | None = None, seed: int = 0
-) -> Answers:
+def answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[str], *, limit: int | None = None, seed: int = 0) -> Answers:
     """What the model answers to each drawn item, from the cache or asked now.
 
     Raises:

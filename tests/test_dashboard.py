@@ -168,7 +168,9 @@ READ = "const cells = (id, n) => Array.from(document.querySelectorAll(`#table-${
 
 @pytest.mark.browser
 def test_tables_sort_and_filter(store: history.Store, tried: Callable[..., dict[str, Any]]) -> None:
-    script = READ + """
+    script = (
+        READ
+        + """
         const heads = Array.from(document.querySelectorAll('#table-versions th'));
         const place = heads.findIndex(h => h.textContent === 'perplexity/wiki');
         found.before = cells('versions', 0);
@@ -178,6 +180,7 @@ def test_tables_sort_and_filter(store: history.Store, tried: Callable[..., dict[
         box.value = 'WATCH'; box.dispatchEvent(new Event('input')); found.left = cells('versions', 0);
         found.count = document.querySelector('#versions output').textContent;
         box.value = ''; box.dispatchEvent(new Event('input')); found.all = cells('versions', 0).length"""
+    )
     found = tried(dashboard.page(store), script)
     assert found["before"] == ["ccc", "good", "aaa"] and found["up"] == ["25", "37.25", "42.12"] == found["down"][::-1]
     assert found["said"] == "ascending" and found["left"] == ["ccc"] and found["count"] == "1 of 3" and found["all"] == 3
@@ -215,10 +218,13 @@ def test_a_thousand_versions(tmp_path: Path, tried: Callable[..., dict[str, Any]
         start = time.perf_counter()
         text = dashboard.page(store)
         seconds = time.perf_counter() - start
-    script = READ + """
+    script = (
+        READ
+        + """
         const box = document.querySelector('#versions input'), start = performance.now();
         box.value = 'v99'; box.dispatchEvent(new Event('input')); document.body.offsetHeight; found.ms = performance.now() - start;
         found.left = cells('versions', 0).length"""
+    )
     found = tried(text, script, real_time=True)
     with capsys.disabled():
         print(f"\n1,000 versions × 50 metrics: page in {seconds:.1f} s, {len(text) / 1e6:.1f} MB; filtered in {found['ms']:.0f} ms")

@@ -326,7 +326,7 @@ def test_a_book_is_made_of_what_ran_here_or_was_published(home: Path, monkeypatc
 def test_publishing_writes_the_ledger_into_the_readme(home: Path) -> None:
     book = home / "notebooks" / "00_one.ipynb"
     told = '[{"claim": "it is so", "paper": "1", "expected here": "2", "measured": "3", "holds": "yes", "of": 4}]'
-    notebook(book, code=f'from pathlib import Path\nif out_dir:\n    Path(out_dir, "claims.json").write_text(\'{told}\')')
+    notebook(book, code=f"from pathlib import Path\nif out_dir:\n    Path(out_dir, \"claims.json\").write_text('{told}')")
     file = manifest(home, '[[run]]\nnotebook = "00_one"\n')
     (home / "README.md").write_text("before\n<!-- ledger of mine -->\n<!-- end of ledger -->\nafter\n")
     assert suite.run(file) == 0
