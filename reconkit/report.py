@@ -206,6 +206,7 @@ def text_table(table: DataFrame) -> str:
 
 
 def clock(seconds: float) -> str:
+    """Minutes and seconds, with hours where there are any: 2:05, 1:02:05."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -42,7 +42,7 @@ import nbformat
 import pandas as pd
 import torch
 
-from . import assets, cluster, data, ledger, models, runs, sweep
+from . import assets, cluster, data, ledger, models, report, runs, sweep
 from . import book as pages
 from .config import SELF, ConfigError, one_of, require
 
@@ -343,12 +343,12 @@ def _execute_all(suite: Suite, todo: list[Entry], keys: Mapping[str, str], jobs:
                 r.started = now if r.started is None and r.process.begun() else r.started
             ahead = [max(estimates[r.entry.name] - now + (r.started or now), 0) for r in going] + [estimates[e.name] for e in waiting]
             names = ", ".join(r.entry.name for r in going if r.started is not None) or "waiting for a place"
-            line.show(f"[{done + 1}/{len(todo)}] {names}, about {_clock(sum(ahead) / at_once)} left")
+            line.show(f"[{done + 1}/{len(todo)}] {names}, about {report.clock(sum(ahead) / at_once)} left")
             for r in [r for r in going if r.started is not None and r.process.poll() is not None]:
                 going.remove(r)
                 done += 1
                 state = _finish(suite, r, keys[r.entry.name])
-                line.say(f"[{done}/{len(todo)}] {r.entry.name}: {state} in {_clock(now - r.started)}")
+                line.say(f"[{done}/{len(todo)}] {r.entry.name}: {state} in {report.clock(now - r.started)}")
     finally:
         signal.signal(signal.SIGTERM, terminated)
         line.clear()
@@ -478,10 +478,6 @@ class _Line:
         print(text, flush=True)
 
 
-def _clock(seconds: float) -> str:
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02}"
-
-
 def _status(suite: Suite, entry: Entry) -> dict[str, Any]:
     return runs.saved(suite.folder / entry.name / "status.json") or {}
 
@@ -502,8 +498,8 @@ def status(manifest: str | Path) -> str:
     rows = []
     for e in suite.entries:
         found = _status(suite, e)
-        rows.append((e.name, _state(suite, e, key(e, platform)), _clock(found["seconds"]) if found else "", found.get("reason") or ""))
-    return pd.DataFrame(rows, columns=["run", "state", "minutes", "reason"]).to_string(index=False)
+        rows.append((e.name, _state(suite, e, key(e, platform)), report.clock(found["seconds"]) if found else "", found.get("reason") or ""))
+    return pd.DataFrame(rows, columns=["run", "state", "time", "reason"]).to_string(index=False)
 
 
 def new(manifest: str | Path, grid: Sequence[str] = (), *, notebook: str = NOTEBOOK) -> None:
@@ -686,7 +682,7 @@ def index(suite: Suite) -> None:
         found, folder = _status(suite, e), suite.folder / e.name
         title = html.escape(e.name)
         said = (
-            f"{found['state']}, {_clock(found['seconds'])} minutes" + (f": {found['reason']}" if found.get("reason") else "")
+            f"{found['state']}, {report.clock(found['seconds'])}" + (f": {found['reason']}" if found.get("reason") else "")
             if found
             else "not run yet"
         )
