@@ -12,6 +12,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,24 @@ PRUNE = [
 ]  # fmt: skip
 
 
+STARTED: list[subprocess.Popen] = []
+
+
+def start(words: Sequence[str], **options: Any) -> subprocess.Popen:
+    """A process that ends with the test, however that ends."""
+    STARTED.append(subprocess.Popen(words, **options))
+    return STARTED[-1]
+
+
+@pytest.fixture(autouse=True)
+def nothing_goes_on() -> Iterator[None]:
+    yield
+    while STARTED:
+        process = STARTED.pop()
+        process.kill()
+        process.wait()
+
+
 def write_state(pid: int, **facts: object) -> Path:
     file = progress.folder() / f"{pid}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -39,7 +59,7 @@ def write_state(pid: int, **facts: object) -> Path:
 
 def pruning(tmp_path: Path, *words: str) -> subprocess.Popen[str]:
     """A real prune in another process, once it trains."""
-    process = subprocess.Popen([*PRUNE, "--out", str(tmp_path / "out"), *words], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    process = start([*PRUNE, "--out", str(tmp_path / "out"), *words], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     until = time.time() + 120
     while not (states := monitor.running(str(process.pid))) or not len(monitor.course(states[0])[1]):
         assert process.poll() is None and time.time() < until
@@ -70,7 +90,8 @@ def test_dead_processes_and_numbers_used_again_are_not_running() -> None:
 
 def test_a_late_watcher_sees_the_whole_course_and_leaves_the_run_alone(tmp_path: Path) -> None:
     process = pruning(tmp_path, "--epochs", "4000")  # killed long before its end, on a fast machine, too
-    watcher = subprocess.Popen([sys.executable, "-m", "reconkit", "watch", str(process.pid)], stdout=subprocess.PIPE, text=True)
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # what a shell runs in the background begins deaf to it
+    watcher = start([sys.executable, "-m", "reconkit", "watch", str(process.pid)], stdout=subprocess.PIPE, text=True, preexec_fn=heard)
     said = "".join(watcher.stdout.readline() for _ in range(3))
     assert "BR+GP wanda" in said and "loss of window" in said and "pydocs" in said
     [state] = monitor.running()
@@ -116,12 +137,10 @@ def test_lines_are_cut_to_a_small_terminal(rows: int, shown: int) -> None:
 
     fcntl.ioctl(side, termios.TIOCSWINSZ, struct.pack("HHHH", rows, 40, 0, 0))
     environment = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES")}
-    watcher = subprocess.Popen([sys.executable, "-m", "reconkit", "watch"], stdout=side, env=environment)
+    start([sys.executable, "-m", "reconkit", "watch"], stdout=side, env=environment)
     said = b""
     while not (frames := re.split(rb"\x1b\[(\d+)F\x1b\[J", said))[2:]:
         said += os.read(main, 4096)
-    watcher.kill()
-    watcher.wait()
     first, height = frames[0].replace(b"\r", b""), int(frames[1])
     assert first.count(b"\n") == height == shown and all(len(line) < 40 for line in first.split(b"\n")) and b"BR+GP" in first
 
