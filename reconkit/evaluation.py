@@ -42,16 +42,14 @@ def sequence_nll(model: PreTrainedModel, samples: Tensor, *, batch_size: int = 8
         ConfigError: no sequence, or fewer than two tokens in each.
     """
     require(samples.ndim == 2 and samples.shape[1] >= 2 and len(samples) > 0, "samples", tuple(samples.shape), "(samples, at least 2 tokens)")
+    if _at_once(model, samples):
+        return _read(model, samples, torch.empty(0, 3, dtype=torch.long), len(samples), batch_size)[0]
     length, vocabulary = samples.shape[1], model.get_output_embeddings().out_features
     if offload.of(model):
         return _nll_by_block(model, samples, max(1, min(batch_size, LOGITS // (length * vocabulary))))
-    fits, piece = LOGITS // (length * vocabulary), max(1, LOGITS // vocabulary)
-    found = []
-    for ids in samples.split(max(1, min(batch_size, fits))):
+    piece, found = max(1, LOGITS // vocabulary), []
+    for ids in samples.split(1):
         ids = ids.to(model.device)
-        if fits:
-            found.append(_nll(model(input_ids=ids, use_cache=False).logits[:, :-1], ids[:, 1:]).mean(1))
-            continue
         cache, parts = None, []
         for part in ids[:, :-1].split(piece, dim=1):
             logits, cache = read_on(model, part, cache)
@@ -59,6 +57,11 @@ def sequence_nll(model: PreTrainedModel, samples: Tensor, *, batch_size: int = 8
             parts.append(_nll(logits, ids[:, start + 1 : start + 1 + part.shape[1]]))
         found.append(torch.cat(parts, 1).mean(1))
     return torch.cat(found)
+
+
+def _at_once(model: PreTrainedModel, samples: Tensor) -> bool:
+    """Whether all logits of a sample are held at once, from one forward of a model in memory."""
+    return not offload.of(model) and samples.shape[1] * model.get_output_embeddings().out_features <= LOGITS
 
 
 def _nll_by_block(model: PreTrainedModel, samples: Tensor, batch_size: int) -> Tensor:
@@ -132,43 +135,27 @@ def cloze(model: PreTrainedModel, samples: Tensor, items: Tensor, *, batch_size:
         samples: (N, T) tokens in which the blanks are; a blank sees all tokens before it.
         items: (items, 2 + choices): sample, position, the true token, the others. One forward answers all blanks of a sample.
     """
-    fits = max(1, LOGITS // (samples.shape[1] * model.get_output_embeddings().out_features))
-    right = torch.zeros(len(items), dtype=torch.bool)
-    for rows in torch.arange(len(samples)).split(min(batch_size, fits)):
-        asked = torch.isin(items[:, 0], rows).nonzero().flatten()
-        if not len(asked):
-            continue
-        logits = model(input_ids=samples[rows].to(model.device), use_cache=False).logits
-        right[asked] = _finds(logits, items[asked], int(rows[0]))
-    return right
-
-
-def _finds(logits: Tensor, items: Tensor, first: int) -> Tensor:
-    """As `cloze`, from the logits (B, T, vocabulary) of the samples from `first` on."""
-    items = items.to(logits.device)
-    scores = logits[items[:, 0] - first, items[:, 1] - 1].float().gather(1, items[:, 2:])
-    return (scores[:, 0] > scores[:, 1:].max(1).values).cpu()
+    return _read(model, samples, items, 0, batch_size)[1]
 
 
 @torch.no_grad()
-def _nll_and_cloze(model: PreTrainedModel, samples: Tensor, filled: Tensor, items: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
-    """`sequence_nll` of `samples` and `cloze` of `items` in `filled`, which begins with them; what both ask for is read once."""
-    size = min(batch_size, LOGITS // (samples.shape[1] * model.get_output_embeddings().out_features))
-    if not size or offload.of(model):
-        return sequence_nll(model, samples, batch_size=batch_size), cloze(model, filled, items, batch_size=batch_size)
-    common = items[:, 0] < len(samples)
-    right = torch.zeros(len(items), dtype=torch.bool)
-    others = items[~common].clone()
-    others[:, 0] -= len(samples)
-    right[~common] = cloze(model, filled[len(samples) :], others, batch_size=batch_size)
-    found = []
-    for rows in torch.arange(len(samples)).split(size):
-        ids = samples[rows].to(model.device)
+def _read(model: PreTrainedModel, samples: Tensor, items: Tensor, count: int, batch_size: int) -> tuple[Tensor, Tensor]:
+    """`sequence_nll` of the first `count` samples and `cloze` of `items`, from one forward of each sample that either asks for."""
+    size = max(1, min(batch_size, LOGITS // (samples.shape[1] * model.get_output_embeddings().out_features)))
+    parts = [slice(i, min(i + size, end)) for start, end in ((0, count), (count, len(samples))) for i in range(start, end, size)]
+    nll, right = [], torch.zeros(len(items), dtype=torch.bool)
+    for part in parts:
+        asked = (part.start <= items[:, 0]) & (items[:, 0] < part.stop)
+        if part.start >= count and not asked.any():
+            continue
+        ids = samples[part].to(model.device)
         logits = model(input_ids=ids, use_cache=False).logits
-        found.append(_nll(logits[:, :-1], ids[:, 1:]).mean(1))
-        asked = common & torch.isin(items[:, 0], rows)
-        right[asked] = _finds(logits, items[asked], int(rows[0]))
-    return torch.cat(found), right
+        if part.start < count:
+            nll.append(_nll(logits[:, :-1], ids[:, 1:]).mean(1))
+        chosen = items[asked].to(logits.device)
+        scores = logits[chosen[:, 0] - part.start, chosen[:, 1] - 1].float().gather(1, chosen[:, 2:])
+        right[asked] = (scores[:, :1] > scores[:, 1:]).all(1).cpu()
+    return torch.cat(nll) if nll else torch.empty(0, dtype=torch.float64), right
 
 
 @torch.no_grad()
@@ -270,8 +257,8 @@ def evaluate(
     with cost.measure() as used:
         rows, right = [], None
         for corpus, samples in {**drawn, **(texts or {})}.items():
-            if blanks and right is None and torch.equal(samples, blanks[0][: len(samples)]):
-                nll, right = _nll_and_cloze(model, samples, *blanks, batch_size)
+            if blanks and right is None and _at_once(model, samples) and torch.equal(samples, blanks[0][: len(samples)]):
+                nll, right = _read(model, *blanks, len(samples), batch_size)
             else:
                 nll = sequence_nll(model, samples, batch_size=batch_size)
             low, high = perplexity_interval(nll)

@@ -69,7 +69,7 @@ def test_answers_equal_the_obvious_way(tiny: tuple) -> None:
 
 
 @pytest.mark.parametrize("shared", [3, 5])
-def test_what_perplexity_and_cloze_both_read_is_read_once(tiny: tuple, shared: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_perplexity_and_cloze_both_read_is_read_once(tiny: tuple, shared: int) -> None:
     model, tokenizer = tiny
     samples = torch.randint(3, 200, (5, 24), generator=torch.Generator().manual_seed(0))
     items = torch.stack([torch.arange(30) % 5, torch.randint(1, 24, (30,)), *(torch.randint(3, 200, (30,)) for _ in range(4))], 1)
