@@ -77,8 +77,8 @@ def _nll_by_block(model: PreTrainedModel, samples: Tensor, batch_size: int) -> T
 
 def _nll(logits: Tensor, targets: Tensor) -> Tensor:
     """−log p of `targets` (B, T) under `logits` (B, T, vocabulary), in float64 on the CPU."""
-    nll = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
-    return nll.view(targets.shape).cpu().double()
+    rows = zip(logits, targets, strict=True)  # one by one: a sample's logits stay in the processor's cache, and a slice of them is no copy
+    return torch.stack([torch.nn.functional.cross_entropy(row.float(), ids, reduction="none") for row, ids in rows]).cpu().double()
 
 
 def perplexity(model: PreTrainedModel, samples: Tensor, *, batch_size: int = 8) -> float:

@@ -50,6 +50,7 @@ NAMES = {
     "self": "self (its own text)",
 }
 WIDTH, HEIGHT = 4.2, 3.0  # inches of one panel
+LEGEND = 48  # letters of a legend's row, marks included: a wider one would push its panel aside
 
 plt.rcParams.update(
     {
@@ -121,12 +122,7 @@ def lines(data: pd.DataFrame, x: str, y: str, by: str, *, ax: Axes | None = None
         data: one row a point, with the columns `x`, `y`, `by`.
     """
     ax = ax or _panels(1)[0]
-    ends = []
-    for word, look in looks(by, list(data[by].unique())).items():
-        part = data[data[by] == word].sort_values(x)
-        ax.plot(part[x], part[y], **look, markevery=max(1, len(part) // 8))
-        ends.append((float(part[x].iloc[-1]), float(part[y].iloc[-1]), NAMES.get(word, str(word)).split(" (")[0], look["color"]))
-    _axes(ax, x, y, log)
+    ends = _draw(data, x, y, by, ax, log)
     if title:
         ax.set_title(title)
     if labels:
@@ -134,14 +130,29 @@ def lines(data: pd.DataFrame, x: str, y: str, by: str, *, ax: Axes | None = None
     return ax
 
 
+def _draw(data: pd.DataFrame, x: str, y: str, by: str, ax: Axes, log: bool) -> list[tuple[float, float, str, str]]:
+    """The lines without their names; returns where each ends, its name and its colour."""
+    ends = []
+    for word, look in looks(by, list(data[by].unique())).items():
+        part = data[data[by] == word].sort_values(x)
+        ax.plot(part[x], part[y], **look, markevery=max(1, len(part) // 8))
+        ends.append((float(part[x].iloc[-1]), float(part[y].iloc[-1]), NAMES.get(word, str(word)).split(" (")[0], look["color"]))
+    _axes(ax, x, y, log)
+    return ends
+
+
 def line_panels(data: pd.DataFrame, x: str, y: str, by: str, panels: str, *, log: bool = True) -> np.ndarray:
     """`lines` once for each word in the column `panels`, on a shared y axis; returns the axes."""
-    words = _sorted(panels, data[panels].unique())
+    words, named = _sorted(panels, data[panels].unique()), []
     axes = _panels(len(words), sharey=True)
     for ax, word in zip(axes, words, strict=True):
-        lines(data[data[panels] == word], x, y, by, ax=ax, log=log, title=NAMES.get(word, str(word)))
+        ends = _draw(data[data[panels] == word], x, y, by, ax, log)
+        ax.set_title(NAMES.get(word, str(word)))
         if ax is not axes[0]:
             ax.set_ylabel("")
+        named.append((ax, ends))
+    for ax, ends in named:  # where the ends lie is known only when all panels are drawn
+        _label_ends(ax, ends)
     return axes
 
 
@@ -155,11 +166,8 @@ def training_curves(training: pd.DataFrame, windows: Sequence[str]) -> np.ndarra
     chosen = training[training.window.isin(list(windows))].copy()
     start = chosen[chosen.epoch == 0].set_index(["window", "source"]).loss
     chosen["relative"] = [row.loss / start[row.window, row.source] for row in chosen.itertuples()]
-    axes = _panels(len(windows), sharey=True)
-    for ax, window in zip(axes, windows, strict=True):
-        lines(chosen[chosen.window == window], "epoch", "relative", "source", ax=ax, log=False, title=f"block {window}")
-        ax.set_ylabel("loss / loss before training" if ax is axes[0] else "")
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes = line_panels(chosen.assign(window="block " + chosen.window), "epoch", "relative", "source", "window", log=False)
+    axes[0].set_ylabel("loss / loss before training")
     return axes
 
 
@@ -236,7 +244,8 @@ def changes(data: pd.DataFrame, by: str, rows: str = "set", *, label: str = "cha
     ax.margins(y=0.12)
     ax.invert_yaxis()
     if len(kinds) > 1:
-        ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=min(3, len(kinds)))
+        longest = max(len(str(NAMES.get(kind, kind))) for kind in kinds)
+        ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=max(1, min(len(kinds), LEGEND // (longest + 6))))
     return ax
 
 
