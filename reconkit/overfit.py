@@ -178,14 +178,16 @@ class Live:
 
     def __init__(self, config: OverfitConfig, *, kept_best: bool = False) -> None:
         self.config, self.kept_best, self.said = config, kept_best, set[str]()
+        self.turned: dict[str, bool] = {}
+        "Windows whose training was seen: whether the held-out loss turned up."
 
     def look(self, errors: Iterable[tuple[int, str, float, float]], training: Iterable[tuple[str, int, str, float]]) -> list[str]:
-        """New warnings, given all rows so far."""
-        table = ratios(pd.DataFrame(errors, columns=["block", "source", "mse", "nmse"]))
+        """New warnings, given all rows so far; of a window the rows come together, after its training."""
+        measured = pd.DataFrame(errors, columns=["block", "source", "mse", "nmse"])
+        table = ratios(measured[measured.block > measured.block.max() - HELD])
         found = []
         if table.block.nunique() >= HELD:
-            recent = table[table.block > table.block.max() - HELD]
-            held = recent.groupby("source").ratio.min().max()  # of the source on which it held best
+            held = table.groupby("source").ratio.min().max()  # of the source on which it held best
             last = table[table.block == table.block.max()].sort_values("ratio").iloc[-1]
             for word in ("overfitting", "watch"):
                 if held >= getattr(self.config, word) and not self.said & {word, "overfitting"}:
@@ -195,7 +197,9 @@ class Live:
                         f"samples ({word} from {getattr(self.config, word):g})."
                     )
         rows = pd.DataFrame(training, columns=["window", "epoch", "source", "loss"])
-        up, trained = rising(rows, self.config, kept_best=self.kept_best), rows.window.nunique()
+        rows = rows[~rows.window.isin(self.turned)]
+        self.turned |= dict.fromkeys(rows.window, False) | dict.fromkeys(rising(rows, self.config, kept_best=self.kept_best), True)
+        up, trained = [window for window, turned in self.turned.items() if turned], len(self.turned)
         if trained >= FIRST and up and len(up) >= self.config.many * trained and "up" not in self.said:
             self.said |= {"up"}
             found.append(f"Overfitting? The held-out loss turned up in {len(up)} of the {trained} windows trained so far, the last one {up[-1]}.")

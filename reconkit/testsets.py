@@ -151,7 +151,7 @@ def cloze_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, corpus:
         except FewBlanks:
             if not any(_word(tokenizer, token) for token in samples.unique().tolist()):
                 raise  # more of it would not help
-            count += FIRST // 2
+            count += FIRST // 4
 
 
 def listed() -> list[dict[str, Any]]:

@@ -138,7 +138,7 @@ def test_a_corpus_gives_as_many_samples_as_the_blanks_take(tiny: tuple, monkeypa
     monkeypatch.setattr(testsets.data, "load_samples", lambda *_, count, **__: asked.append(count) or text(count))
     monkeypatch.setattr(evaluation, "cloze", lambda model, samples, items, **_: torch.ones(len(items), dtype=torch.bool))
     samples, items = testsets.cloze_of(tiny[0], WORDS, "made", length=40)
-    assert asked == [16, 24, 32] and len(samples) == 32 and len(items) == 500
+    assert asked == [16, 20, 24, 28, 32] and len(samples) == 32 and len(items) == 500
     asked.clear()
     with pytest.raises(ConfigError, match="only 0 blanks"):
         testsets.cloze_of(*tiny, "made", length=40)
