@@ -19,6 +19,7 @@ from .streams import Runner
 
 BLOCKS = 3  # that are looked at: enough for a window of two that overlaps both of its neighbours; windows of one need a neighbour less
 ENOUGH = 12.0  # seconds of looking after which no larger look is taken
+TRAINING, OTHERS = 3, 4  # passes of a sample through a block: of an epoch that trains it, and besides (dense, sparse, for its mask, before training)
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,10 @@ class Look:
     "Of the whole model."
     extra: int = 0
     "Samples of the text that only trains."
+    one: float = 0.0
+    "Seconds that one sample and one epoch took."
+    stream_bytes: float = 0.0
+    "All streams of one more sample, its share of the held-out ones included."
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,9 @@ def estimate(job: RunConfig, *, offload: bool = False) -> Estimate:
     """Prune the first blocks a little, and say what all of it will take.
 
     With n samples and e epochs a walk takes A + n · (F + e · G) seconds and M + n · S bytes. Three looks, in processes of
-    their own so that no memory is used twice, give A, F, G and M, S. Text that only trains counts as samples.
+    their own so that no memory is used twice, give A, F, G and M, S. Where the first takes so long that it has to do, a single
+    sample before it gives A, an epoch is as much of the rest as its passes are of all passes, and S is what the streams take.
+    Text that only trains counts as samples.
 
     Args:
         job: model, count, length, held-out sets and how it is pruned.
@@ -68,22 +75,23 @@ def estimate(job: RunConfig, *, offload: bool = False) -> Estimate:
         ConfigError: as `prune`.
     """
     config, started = job.prune, time.perf_counter()
-    seen = min(BLOCKS, config.window_blocks + 1)
+    seen = min(BLOCKS, config.window_blocks + (not offload))  # beside a block from disk, what is done once a walk takes no time
     first = cost.apart(look, job, offload, config.batch_size, 1, seen)
     taken, count = time.perf_counter() - started, job.count + first.extra
     wide = cost.apart(look, job, offload, 2 * config.batch_size, 1, seen) if taken < ENOUGH else None
     long = cost.apart(look, job, offload, config.batch_size, 2, seen) if taken < ENOUGH and config.trains else None
     whole = first.blocks / min(seen, first.blocks)
     epochs = config.epochs if config.steps is None else config.steps * config.batch_size / count
-    per_epoch = max(long.seconds - first.seconds, 0.0) / first.samples if long else 0.0
-    slope = max(wide.seconds - first.seconds, 0.0) / first.samples if wide else first.seconds / first.samples
-    seconds = first.seconds + (count - first.samples) * slope + count * (epochs - 1) * per_epoch
-
-    def peak(name: str) -> float:
-        near, far = getattr(first, name), getattr(wide or first, name)
-        return near + (count - first.samples) * max(far - near, 0) / first.samples
-
-    return Estimate(whole * seconds, peak("rss_bytes"), peak("gpu_bytes"), time.perf_counter() - started, first.extra)
+    if wide:
+        slope, per_sample = max(wide.seconds - first.seconds, 0.0) / first.samples, max(wide.rss_bytes - first.rss_bytes, 0) / first.samples
+    else:
+        slope, per_sample = max(first.seconds - first.one, 0.0) / max(first.samples - 1, 1), first.stream_bytes
+    passes = TRAINING * config.window_blocks / (config.window_blocks - config.overlap_blocks) if config.trains else 0
+    per_epoch = max(long.seconds - first.seconds, 0.0) / first.samples if long else slope * passes / (passes + OTHERS)
+    more = count - first.samples
+    seconds = first.seconds + more * slope + count * (epochs - 1) * per_epoch
+    on_gpu = first.gpu_bytes + more * max((wide or first).gpu_bytes - first.gpu_bytes, 0) / first.samples
+    return Estimate(whole * seconds, first.rss_bytes + more * per_sample, on_gpu, time.perf_counter() - started, first.extra)
 
 
 def look(job: RunConfig, offload: bool, samples: int, epochs: int, blocks: int = BLOCKS) -> Look:
@@ -99,12 +107,14 @@ def look(job: RunConfig, offload: bool, samples: int, epochs: int, blocks: int =
         held_out = max(1, round(job.held_out_count * samples / job.count))
         few = replace(job.prune, epochs=epochs, steps=None, early_stopping=None, layer_sparsity={})
         with cost.measure() as used:
-            _prune(model, job, replace(few, epochs=1), 1, 1)
+            one = _prune(model, job, replace(few, epochs=1), 1, 1)
             seconds = _prune(model, job, few, samples, held_out)
     peak = cost.process_peak()
     on_gpu = used.gpu_bytes > 0
     rss = peak if offload or on_gpu else base + size + used.rss_bytes  # a whole model may be mapped from its file and not yet be resident
-    return Look(samples, epochs, seconds, rss, used.gpu_bytes + left_out if on_gpu else 0, peak, total, len(extra))
+    states = job.length * model.get_input_embeddings().embedding_dim * model.dtype.itemsize
+    streams = pruning.STREAMS * states * (1 + job.held_out_count * len(job.held_out) / job.count)
+    return Look(samples, epochs, seconds, rss, used.gpu_bytes + left_out if on_gpu else 0, peak, total, len(extra), one, streams)
 
 
 def _bytes(model: nn.Module) -> int:

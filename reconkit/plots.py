@@ -19,6 +19,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 COLOURS = ("#E69F00", "#009E73", "#0072B2", "#882255", "#CC79A7", "#56B4E9", "#767676")
@@ -503,4 +504,5 @@ def _label_ends(ax: Axes, ends: list[tuple[float, float, str, str]], *, left: bo
         place = max(height, last + gap)
         last = place
         offset = (side * 7, side * (place - height) * 72 / figure.dpi)
-        ax.annotate(name, (x, y), xytext=offset, textcoords="offset points", ha=align, va="center", color=colour, fontsize=8.5, annotation_clip=False)
+        text = ax.annotate(name, (x, y), xytext=offset, textcoords="offset points", ha=align, va="center", color=colour, fontsize=8.5)
+        text.set(annotation_clip=False, path_effects=[withStroke(linewidth=2.5, foreground="white")])  # which a line may pass behind

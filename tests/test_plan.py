@@ -24,7 +24,7 @@ def asked(monkeypatch: pytest.MonkeyPatch, seconds: Any) -> list[tuple[int, int]
     def look(work: Any, job: RunConfig, offload: bool, samples: int, epochs: int, blocks: int) -> plan.Look:
         assert work is plan.look and blocks == 3
         looks.append((samples, epochs))
-        return plan.Look(samples, epochs, seconds(samples, epochs), 1000 + 10 * samples, 0, 0, 12)
+        return plan.Look(samples, epochs, seconds(samples, epochs), 1000 + 10 * samples, 0, 0, 12, one=seconds(1, 1), stream_bytes=5)
 
     monkeypatch.setattr(plan.cost, "apart", look)
     return looks
@@ -43,14 +43,17 @@ def test_three_looks_give_every_share(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_long_look_is_the_only_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    looks = asked(monkeypatch, lambda n, e: n * 3.0)
+    looks = asked(monkeypatch, lambda n, e: 2 + n * (4 + 6 * e))  # with CR a block trains twice: six passes an epoch, beside four
     monkeypatch.setattr(plan, "ENOUGH", -1)
-    assert plan.estimate(job()).seconds == pytest.approx(4 * 40 * 3) and looks == [(4, 1)]
+    found = plan.estimate(job())
+    assert found.seconds == pytest.approx(4 * (2 + 40 * (4 + 6 * 5))) and looks == [(4, 1)]
+    assert found.rss_bytes == pytest.approx(1000 + 10 * 4 + 36 * 5)
 
 
 def test_a_look_prunes_the_first_blocks_only() -> None:
     found = plan.look(job(), False, 4, 1)
-    assert found.seconds > 0 and 0 < found.rss_bytes <= 2 * found.process_bytes and found.gpu_bytes == 0 and found.blocks == 4
+    assert found.seconds > 0 and found.one > 0 and found.stream_bytes == 4 * 32 * 64 * 4 * (1 + job().held_out_count / 40)
+    assert 0 < found.rss_bytes <= 2 * found.process_bytes and found.gpu_bytes == 0 and found.blocks == 4
     with pytest.raises(ConfigError, match="head"):
         plan.look(job(prune={"layers": ("head",)}), False, 4, 1)
 
@@ -68,3 +71,5 @@ def test_windows_of_one_need_fewer_blocks(monkeypatch: pytest.MonkeyPatch) -> No
     seen = []
     monkeypatch.setattr(plan.cost, "apart", lambda work, *args: seen.append(args[-1]) or plan.Look(4, 1, 1.0, 0, 0, 0, 12))
     assert plan.estimate(job(prune={"technique": "LR"})).seconds == pytest.approx(12 / 2 * 1.0) and set(seen) == {2}
+    seen.clear()
+    assert plan.estimate(job(prune={"technique": "LR"}), offload=True).seconds == pytest.approx(12 * 1.0) and set(seen) == {1}
