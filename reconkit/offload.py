@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+M_MMAP_THRESHOLD, OWN = -3, 2**20  # glibc's name of a setting; bytes from which memory is a piece of its own
 
 
 class Offload:
@@ -47,6 +48,7 @@ class Offload:
         self.finished: set[int] = set()
         self.rest: dict[str, nn.Parameter] = {}
         "What is outside the blocks."
+        _apart()
         for index, block in enumerate(layers):
             self._drop(index)
             block.register_forward_pre_hook(lambda _, __, i=index: self._enter(i))
@@ -125,8 +127,18 @@ class Offload:
 
 def _trim() -> None:
     """Give freed memory back to the system: glibc keeps what lies between pieces still in use, and a block leaves many such pieces."""
-    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
-        trim(0)
+    _glibc("malloc_trim", 0)
+
+
+def _apart() -> None:
+    """From now on each matrix gets memory of its own, which is the system's again when it is freed: left to itself, glibc learns
+    to put ever larger ones between others, and the peak creeps up from block to block."""
+    _glibc("mallopt", M_MMAP_THRESHOLD, OWN)
+
+
+def _glibc(name: str, *values: int) -> None:
+    if sys.platform == "linux" and (found := getattr(ctypes.CDLL(None), name, None)):
+        found(*values)
 
 
 def read_into(parameters: Mapping[str, nn.Parameter], files: Mapping[str, Path], device: torch.device) -> None:

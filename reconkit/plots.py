@@ -19,7 +19,6 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
-from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 COLOURS = ("#E69F00", "#009E73", "#0072B2", "#882255", "#CC79A7", "#56B4E9", "#767676")
@@ -505,4 +504,4 @@ def _label_ends(ax: Axes, ends: list[tuple[float, float, str, str]], *, left: bo
         last = place
         offset = (side * 7, side * (place - height) * 72 / figure.dpi)
         text = ax.annotate(name, (x, y), xytext=offset, textcoords="offset points", ha=align, va="center", color=colour, fontsize=8.5)
-        text.set(annotation_clip=False, path_effects=[withStroke(linewidth=2.5, foreground="white")])  # which a line may pass behind
+        text.set(annotation_clip=False, bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.9, "pad": 0.5})  # a line may pass behind it
