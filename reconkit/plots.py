@@ -11,6 +11,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -50,6 +51,8 @@ NAMES = {
     "self": "self (its own text)",
 }
 WIDTH, HEIGHT = 4.2, 3.0  # inches of one panel
+GAP = 11.0  # points between two names of ends
+_ENDS: WeakKeyDictionary[Axes, tuple[int, list[Any]]] = WeakKeyDictionary()  # of each axes, to which side they are written, and the names
 LEGEND = 48  # letters of a legend's row, marks included: a wider one would push its panel aside
 
 plt.rcParams.update(
@@ -78,9 +81,10 @@ plt.rcParams.update(
 
 def save(figure: Axes | Figure | np.ndarray, name: str, data: pd.DataFrame | Mapping[str, Any], out_dir: str | Path) -> None:
     """Write `figures/<name>.png`, `.svg` and what was drawn as `data/<name>.csv` under `out_dir`; "" writes nothing."""
+    canvas = figure if isinstance(figure, Figure) else np.ravel(figure)[0].get_figure()
+    _spread(canvas)  # limits and labels may have been set since
     if not str(out_dir):
         return
-    canvas = figure if isinstance(figure, Figure) else np.ravel(figure)[0].get_figure()
     for kind in ("figures", "data"):
         (Path(out_dir) / kind).mkdir(parents=True, exist_ok=True)
     canvas.savefig(Path(out_dir) / "figures" / f"{name}.png")
@@ -122,7 +126,12 @@ def lines(data: pd.DataFrame, x: str, y: str, by: str, *, ax: Axes | None = None
         data: one row a point, with the columns `x`, `y`, `by`.
     """
     ax = ax or _panels(1)[0]
-    ends = _draw(data, x, y, by, ax, log)
+    ends = []
+    for word, look in looks(by, list(data[by].unique())).items():
+        part = data[data[by] == word].sort_values(x)
+        ax.plot(part[x], part[y], **look, markevery=max(1, len(part) // 8))
+        ends.append((float(part[x].iloc[-1]), float(part[y].iloc[-1]), NAMES.get(word, str(word)).split(" (")[0], look["color"]))
+    _axes(ax, x, y, log)
     if title:
         ax.set_title(title)
     if labels:
@@ -130,29 +139,14 @@ def lines(data: pd.DataFrame, x: str, y: str, by: str, *, ax: Axes | None = None
     return ax
 
 
-def _draw(data: pd.DataFrame, x: str, y: str, by: str, ax: Axes, log: bool) -> list[tuple[float, float, str, str]]:
-    """The lines without their names; returns where each ends, its name and its colour."""
-    ends = []
-    for word, look in looks(by, list(data[by].unique())).items():
-        part = data[data[by] == word].sort_values(x)
-        ax.plot(part[x], part[y], **look, markevery=max(1, len(part) // 8))
-        ends.append((float(part[x].iloc[-1]), float(part[y].iloc[-1]), NAMES.get(word, str(word)).split(" (")[0], look["color"]))
-    _axes(ax, x, y, log)
-    return ends
-
-
 def line_panels(data: pd.DataFrame, x: str, y: str, by: str, panels: str, *, log: bool = True) -> np.ndarray:
     """`lines` once for each word in the column `panels`, on a shared y axis; returns the axes."""
-    words, named = _sorted(panels, data[panels].unique()), []
+    words = _sorted(panels, data[panels].unique())
     axes = _panels(len(words), sharey=True)
     for ax, word in zip(axes, words, strict=True):
-        ends = _draw(data[data[panels] == word], x, y, by, ax, log)
-        ax.set_title(NAMES.get(word, str(word)))
+        lines(data[data[panels] == word], x, y, by, ax=ax, log=log, title=NAMES.get(word, str(word)))
         if ax is not axes[0]:
             ax.set_ylabel("")
-        named.append((ax, ends))
-    for ax, ends in named:  # where the ends lie is known only when all panels are drawn
-        _label_ends(ax, ends)
     return axes
 
 
@@ -494,14 +488,24 @@ def _first_digit(value: float) -> int:
 
 def _label_ends(ax: Axes, ends: list[tuple[float, float, str, str]], *, left: bool = False) -> None:
     """Each line's name to the right of its end, moved up where ends are close; or to the left of it, moved down."""
-    figure = ax.get_figure()
-    figure.canvas.draw()
     side, align = (-1, "right") if left else (1, "left")
-    points = sorted((side * ax.transData.transform((x, y))[1], x, y, name, colour) for x, y, name, colour in ends if np.isfinite(y))
-    gap, last = 11.0 * figure.dpi / 72, -np.inf
-    for height, x, y, name, colour in points:
-        place = max(height, last + gap)
-        last = place
-        offset = (side * 7, side * (place - height) * 72 / figure.dpi)
-        text = ax.annotate(name, (x, y), xytext=offset, textcoords="offset points", ha=align, va="center", color=colour, fontsize=8.5)
-        text.set(annotation_clip=False, bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.9, "pad": 0.5})  # a line may pass behind it
+    named = []
+    for x, y, name, colour in ends:
+        if np.isfinite(y):
+            text = ax.annotate(name, (x, y), xytext=(side * 7, 0), textcoords="offset points", ha=align, va="center", color=colour, fontsize=8.5)
+            text.set(annotation_clip=False, bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.9, "pad": 0.5})  # a line may pass behind it
+            named.append(text)
+    _ENDS[ax] = side, named
+    _spread(ax.get_figure())
+
+
+def _spread(figure: Figure) -> None:
+    """Put names of ends apart, with the axes as they now are."""
+    figure.canvas.draw()
+    for ax in figure.axes:
+        side, named = _ENDS.get(ax, (1, []))
+        heights = [side * ax.transData.transform(text.xy)[1] * 72 / figure.dpi for text in named]
+        last = -np.inf
+        for height, text in sorted(zip(heights, named, strict=True), key=lambda pair: pair[0]):
+            last = max(height, last + GAP)
+            text.set_position((side * 7, side * (last - height)))

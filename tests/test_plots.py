@@ -142,3 +142,13 @@ def test_scores_stand_beside_chance() -> None:
     [bars] = ax.containers
     assert np.allclose([s[:, 0] for s in bars.lines[2][0].get_segments()], [[0.502, 0.698], [0.304, 0.696]])
     assert not plots.scores(data[:0]).get_yticklabels(), "nothing was asked"
+
+
+def test_names_of_ends_stay_apart_when_the_axes_change_after_them(tmp_path: Path) -> None:
+    data = pd.DataFrame({"x": [1, 2] * 3, "y": [1, 1.0, 1, 1.3, 1, 1.6], "of": ["a", "a", "b", "b", "c", "c"]})
+    ax = plots.lines(data, "x", "y", "of", log=False)
+    ax.set_ylim(0, 40)
+    plots.save(ax, "ends", data, tmp_path)
+    low, middle, high = sorted(text.get_window_extent().y0 for text in ax.texts)
+    assert min(middle - low, high - middle) == pytest.approx(plots.GAP * ax.get_figure().dpi / 72, abs=1)
+    plots.close(ax)
