@@ -82,16 +82,19 @@ def estimate(job: RunConfig, *, offload: bool = False) -> Estimate:
     long = cost.apart(look, job, offload, config.batch_size, 2, seen) if taken < ENOUGH and config.trains else None
     whole = first.blocks / min(seen, first.blocks)
     epochs = config.epochs if config.steps is None else config.steps * config.batch_size / count
-    if wide:
-        slope, per_sample = max(wide.seconds - first.seconds, 0.0) / first.samples, max(wide.rss_bytes - first.rss_bytes, 0) / first.samples
-    else:
-        slope, per_sample = max(first.seconds - first.one, 0.0) / max(first.samples - 1, 1), first.stream_bytes
+
+    def added(name: str, other: Look) -> float:
+        """How much more each sample of the first look took in another one."""
+        return max(getattr(other, name) - getattr(first, name), 0) / first.samples
+
+    slope = added("seconds", wide) if wide else max(first.seconds - first.one, 0.0) / max(first.samples - 1, 1)
     passes = TRAINING * config.window_blocks / (config.window_blocks - config.overlap_blocks) if config.trains else 0
-    per_epoch = max(long.seconds - first.seconds, 0.0) / first.samples if long else slope * passes / (passes + OTHERS)
+    per_epoch = added("seconds", long) if long else slope * passes / (passes + OTHERS)
     more = count - first.samples
     seconds = first.seconds + more * slope + count * (epochs - 1) * per_epoch
-    on_gpu = first.gpu_bytes + more * max((wide or first).gpu_bytes - first.gpu_bytes, 0) / first.samples
-    return Estimate(whole * seconds, first.rss_bytes + more * per_sample, on_gpu, time.perf_counter() - started, first.extra)
+    rss = first.rss_bytes + more * (added("rss_bytes", wide) if wide else first.stream_bytes)
+    gpu = first.gpu_bytes + more * added("gpu_bytes", wide or first)
+    return Estimate(whole * seconds, rss, gpu, time.perf_counter() - started, first.extra)
 
 
 def look(job: RunConfig, offload: bool, samples: int, epochs: int, blocks: int = BLOCKS) -> Look:
