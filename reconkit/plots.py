@@ -501,10 +501,9 @@ def _label_ends(ax: Axes, ends: list[tuple[float, float, str, str]], *, left: bo
 
 def _spread(figure: Figure) -> None:
     """Put names of ends apart, with the axes as they now are."""
-    places = [(ax, *_ENDS[ax]) for ax in figure.axes if ax in _ENDS]
-    if places:
-        figure.canvas.draw()  # names take room from the axes, which moves the ends
-    for ax, side, named in places:
+    figure.canvas.draw()
+    for ax in figure.axes:
+        side, named = _ENDS.get(ax, (1, []))
         heights = [side * ax.transData.transform(text.xy)[1] * 72 / figure.dpi for text in named]
         last = -np.inf
         for height, text in sorted(zip(heights, named, strict=True), key=lambda pair: pair[0]):
