@@ -6,7 +6,8 @@ go, the lowest scores first, and among equal scores the lower flat index (row by
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from importlib import util
 
 import numpy as np
 import torch
@@ -127,7 +128,8 @@ def sparsegpt(
     sizes = [len(m) for m in weights]
     w = torch.cat(list(weights)).t().contiguous()  # (in, rows of all): a column is contiguous
     changes, kept = torch.empty_like(w), torch.empty_like(w, dtype=torch.bool)  # changes: old minus new
-    step = nm[1] if nm else SUB_BLOCK
+    columns, most = _walk(w.device)
+    step = nm[1] if nm else most
     width = -(-column_block // step) * step if nm else column_block
     for start in range(0, len(w), width):
         stop = min(start + width, len(w))
@@ -143,7 +145,7 @@ def sparsegpt(
             moved = moves[first - start : part.stop - start].addmm_(lower[part, start:first], changes[start:first])
             if nm:
                 kept[part] = _nm(_scores(w[part], moved, lower[part, part], scale[part]), nm[0])
-            _columns(w[part], kept[part], moved, lower[part, part], changes[part])
+            columns(w[part], kept[part], moved, lower[part, part], changes[part])
     w -= changes
     return [m.t().contiguous() for m in w.split(sizes, 1)], [m.t().contiguous() for m in kept.split(sizes, 1)], notes
 
@@ -152,6 +154,15 @@ def _scores(w: Tensor, moves: Tensor, lower: Tensor, scale: Tensor) -> Tensor:
     """|w| / U[j, j] of neighbouring columns (columns, rows), if none of them were removed."""
     moved = torch.linalg.solve_triangular(lower.t(), moves.t(), upper=True, left=False, unitriangular=True).t()  # so laid out, nothing is copied
     return moved.add_(w).mul_(scale).abs_()
+
+
+def _walk(device: torch.device) -> tuple[Callable[..., None], int]:
+    """What fills the changes of neighbouring columns on this device, and of how many at once: one kernel where there can be one."""
+    if device.type == "cuda" and util.find_spec("triton") and torch.cuda.get_device_capability(device) >= (7, 5):
+        from . import fused
+
+        return fused.columns, fused.COLUMNS
+    return _columns, SUB_BLOCK
 
 
 def _columns(w: Tensor, kept: Tensor, moves: Tensor, lower: Tensor, changes: Tensor) -> None:

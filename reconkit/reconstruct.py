@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint as recomputed
 from . import parallel
 from .assets import cache_dir
 from .config import ConfigError, PruneConfig
+from .streams import fetched
 
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 FASTER = 1.3  # bf16 must beat fp32 by this much to be chosen on a CPU
@@ -84,12 +85,21 @@ def reconstruct(
     scaler.scale(torch.zeros((), device=device))  # makes its scale now: a rank may have no sample in the first batch
     run = (lambda x: recomputed(forward, x, use_reentrant=False)) if config.recompute else forward
 
+    def parts(chosen: list[tuple[str, int]]) -> list[list[tuple[str, int]]]:
+        mine = chosen[parallel.share(len(chosen))]
+        return [mine[i : i + micro] for i in range(0, len(mine), micro)]
+
+    def put(rows: list[tuple[str, int]]) -> tuple[Tensor, ...]:
+        # one by one, because only what lies in pinned memory is copied while the GPU works
+        return tuple(torch.stack([training[name][side][i].to(device, non_blocking=True) for name, i in rows]) for side in (0, 1))
+
     @torch.no_grad()
     def loss_of(inputs: Tensor, targets: Tensor) -> float:
         pairs = list(zip(inputs.split(batch), targets.split(batch), strict=True))
         losses = torch.zeros(len(pairs), device=device)
-        for i in range(parallel.rank(), len(pairs), parallel.count()):
-            losses[i] = _loss(forward, *pairs[i], device, precision) * len(pairs[i][0])
+        mine = range(parallel.rank(), len(pairs), parallel.count())
+        for i, pair in zip(mine, fetched((lambda i=i: tuple(s.to(device, non_blocking=True) for s in pairs[i]) for i in mine), device), strict=True):
+            losses[i] = _loss(forward, *pair, device, precision) * len(pairs[i][0])
         return float(parallel.add(losses).sum()) / len(inputs)
 
     result = Trained([(0, name, loss_of(*pair)) for name, pair in {**training, **held_out}.items()])
@@ -104,18 +114,13 @@ def reconstruct(
         epoch += 1
         order = torch.randperm(len(owner), generator=torch.Generator().manual_seed(_seed(config.seed, stream, epoch))).tolist()
         sums = {name: [torch.zeros((), device=device), 0] for name in training}
-        for start in range(0, len(order), batch):
-            if done == total:
-                break
-            chosen = [owner[i] for i in order[start : start + batch]]
+        batches = [[owner[i] for i in order[start : start + batch]] for start in range(0, len(order), batch)][: total - done]
+        ready = fetched((lambda rows=rows: put(rows) for chosen in batches for rows in parts(chosen)), device)
+        for chosen in batches:
             for group in optimizer.param_groups:
                 group["lr"] = config.learning_rate * (1 - (done - result.skipped) / total)
-            mine = chosen[parallel.share(len(chosen))]
-            for rows in (mine[i : i + micro] for i in range(0, len(mine), micro)):
-                # one by one, because only what lies in pinned memory is copied while the GPU works
-                x = torch.stack([training[name][0][i].to(device, non_blocking=True) for name, i in rows])
-                y = torch.stack([training[name][1][i].to(device, non_blocking=True) for name, i in rows])
-                losses = _sample_losses(run, x, y, device, precision)
+            for rows in parts(chosen):
+                losses = _sample_losses(run, *next(ready), device, precision)
                 scaler.scale(losses.sum() / len(chosen)).backward()
                 for (name, _), value in zip(rows, losses.detach(), strict=True):
                     sums[name][0] += value

@@ -176,8 +176,10 @@ class Runner:
         Whole batches are dealt out to the ranks, so that the bits do not depend on their number; `out` is filled on all of them.
         """
         cuts = [slice(start, min(start + batch_size, len(states))) for start in range(0, len(states), batch_size)]
-        for chosen in cuts[parallel.rank() :: parallel.count()]:
-            result = work(states[chosen].to(self.device, self.dtype, non_blocking=True))
+        mine = cuts[parallel.rank() :: parallel.count()]
+        batches = fetched((lambda c=c: (states[c].to(self.device, self.dtype, non_blocking=True),) for c in mine), self.device)
+        for chosen, (batch,) in zip(mine, batches, strict=True):
+            result = work(batch)
             if out is not None:
                 out[chosen] = result.to(out.device, out.dtype)
         if out is not None:
@@ -233,6 +235,34 @@ def store(sources: Mapping[str, Tensor], streams: int, device: torch.device) -> 
     if size > psutil.virtual_memory().available // 2:
         return {name: _on_disk(states).copy_(states) for name, states in sources.items()}
     return {name: states.cpu().pin_memory() for name, states in sources.items()} if gpu else dict(sources)
+
+
+def fetched(loads: Iterable[Callable[[], tuple[Tensor, ...]]], device: torch.device) -> Iterator[tuple[Tensor, ...]]:
+    """What each load puts on `device`, in order; a GPU copies the next from pinned RAM while it works on the one before.
+
+    So a load must not read what is written with the one before it.
+    """
+    if device.type != "cuda":
+        yield from (load() for load in loads)
+        return
+    copying, working = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+    coming: list[tuple[tuple[Tensor, ...], torch.cuda.Event]] = []
+
+    def arrived() -> tuple[Tensor, ...]:
+        tensors, copied = coming.pop(0)
+        working.wait_event(copied)
+        for tensor in tensors:  # whose memory is not free again before the work on it is done
+            tensor.record_stream(working)
+        return tensors
+
+    for load in loads:
+        copying.wait_stream(working)
+        with torch.cuda.stream(copying):
+            coming.append((load(), copying.record_event()))
+        if len(coming) == 2:
+            yield arrived()
+    if coming:
+        yield arrived()
 
 
 def room(states: Tensor) -> Tensor:

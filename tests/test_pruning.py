@@ -470,6 +470,21 @@ def test_gpu_and_cpu_agree() -> None:
     assert b.peak_memory["gpu"] > 0
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("technique", ["BR+GP", "BR+GP+CR"])
+def test_streams_in_pinned_ram_give_what_streams_on_the_gpu_give(technique: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for fits in (True, False):
+        if not fits:
+            monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (0, 0))
+        model = families.build("llama").to("cuda")
+        result = prune(model, samples(), quick(technique=technique, micro_batch=1), held_out={"other": samples(4, seed=1)}, progress=False)
+        found.append((result, model))
+    (there, a), (away, b) = found
+    assert away.errors.equals(there.errors) and away.training.equals(there.training)
+    assert models.weights_sum(a) == models.weights_sum(b)
+
+
 @pytest.mark.parametrize(
     ("values", "said"),
     [

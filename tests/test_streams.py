@@ -90,6 +90,35 @@ def test_streams_that_do_not_fit_live_in_pinned_ram_all_of_them() -> None:
     assert all(x is sources[name] for name, x in streams.store(sources, 2, torch.device("cuda")).items())
 
 
+def test_what_is_fetched_comes_in_order_and_not_before_it_is_wanted() -> None:
+    begun: list[int] = []
+
+    def load(number: int) -> tuple[torch.Tensor, ...]:
+        begun.append(number)
+        return torch.tensor(number), torch.tensor(-number)
+
+    for count in (0, 1, 2, 5):
+        begun.clear()
+        found = streams.fetched((lambda n=n: load(n) for n in range(count)), torch.device("cpu"))
+        for number, (a, b) in enumerate(found):
+            assert (int(a), int(b)) == (number, -number) and begun == list(range(number + 1))
+        assert len(begun) == count
+
+
+@pytest.mark.gpu
+def test_a_gpu_fetches_ahead_and_gets_the_same() -> None:
+    away, device = torch.randn(40, 512, 1024).pin_memory(), torch.device("cuda")
+    weight = torch.randn(1024, 1024, device=device)
+    for count in (0, 1, 2, 40):
+        sums = []
+        for x, y in streams.fetched((lambda n=n: tuple(away[n].to(device, non_blocking=True) for _ in "xy") for n in range(count)), device):
+            for _ in range(20):  # work that takes longer than a copy, in memory that is soon free again
+                x = torch.tanh(x @ weight)
+            sums.append((y[0].double().sum(), x.isfinite().all()))
+        assert [float(s) for s, _ in sums] == pytest.approx([float(away[n].double().sum()) for n in range(count)], rel=1e-9)
+        assert all(finite for _, finite in sums)
+
+
 def test_streams_that_do_not_fit_in_memory_live_on_disk(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
     """The same bits, from files that leave nothing behind; and a sentence where the disk is full, too."""
     config, ids, other = PruneConfig(technique="BR+GP+CR", epochs=1, batch_size=4), families.tokens(6, 16), families.tokens(3, 16, 1)
