@@ -206,5 +206,5 @@ def _reversed_cholesky(matrix: Tensor) -> bool:
         if int(info) or not torch.isfinite(factor.diagonal()).all():
             return False
         rows[:, start:] = factor.t().flip(0, 1)
-        rows[:, :start] = torch.linalg.solve_triangular(rows[:, start:].t(), rows[:, :start], upper=True)
+        rows[:, :start] = torch.linalg.solve_triangular(rows[:, start:], rows[:, :start].t(), upper=False, left=False).t()  # copies along the grain
     return True
