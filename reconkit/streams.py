@@ -181,7 +181,7 @@ class Runner:
         for chosen, (batch,) in zip(mine, batches, strict=True):
             result = work(batch)
             if out is not None:
-                out[chosen] = result.to(out.device, out.dtype)
+                out[chosen].copy_(result)
         if out is not None:
             for number, chosen in enumerate(cuts):
                 parallel.give(out[chosen], number % parallel.count())
