@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -115,11 +115,12 @@ def reconstruct(
         order = torch.randperm(len(owner), generator=torch.Generator().manual_seed(_seed(config.seed, stream, epoch))).tolist()
         sums = {name: [torch.zeros((), device=device), 0] for name in training}
         batches = [[owner[i] for i in order[start : start + batch]] for start in range(0, len(order), batch)][: total - done]
-        ready = fetched((lambda rows=rows: put(rows) for chosen in batches for rows in parts(chosen)), device)
-        for chosen in batches:
+        dealt = [parts(chosen) for chosen in batches]
+        ready = fetched((partial(put, rows) for mine in dealt for rows in mine), device)
+        for chosen, mine in zip(batches, dealt, strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = config.learning_rate * (1 - (done - result.skipped) / total)
-            for rows in parts(chosen):
+            for rows in mine:
                 losses = _sample_losses(run, *next(ready), device, precision)
                 scaler.scale(losses.sum() / len(chosen)).backward()
                 for (name, _), value in zip(rows, losses.detach(), strict=True):
@@ -164,10 +165,9 @@ def reconstruct(
 
 def _sample_losses(forward: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, device: torch.device, precision: str) -> Tensor:
     """(B,) mean squared error of each sample, in fp32."""
-    x, y = x.to(device, torch.float32, non_blocking=True), y.to(device, torch.float32, non_blocking=True)
     with autocast(device, precision):
-        out = forward(x)
-    return (out.float() - y).square().mean(dim=tuple(range(1, out.ndim)))
+        out = forward(x.float())
+    return (out.float() - y.float()).square().mean(dim=tuple(range(1, out.ndim)))
 
 
 def _loss(forward: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, device: torch.device, precision: str) -> Tensor:

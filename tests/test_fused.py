@@ -12,6 +12,7 @@ import torch
 
 from reconkit import criteria
 
+# It comes with the builds of torch for CUDA, and is too large to be fetched for these tests alone.
 triton = pytest.mark.skipif(not util.find_spec("triton"), reason="Triton is not installed")
 
 ONE_BY_ONE = """
@@ -62,5 +63,6 @@ def test_on_a_gpu_the_solver_gives_what_it_gives_without_the_kernel(nm: tuple[in
     expected, expected_masks, _ = criteria.sparsegpt(weights, statistics, [0.5, 0.3], nm)
     for a, b, mask, other in zip(found, expected, masks, expected_masks, strict=True):
         assert (mask == other).float().mean() > 0.999
-        assert torch.allclose(a[(mask & other).all(1)], b[(mask & other).all(1)], atol=1e-4)
+        same = (mask == other).all(1)
+        assert same.float().mean() > 0.5 and torch.allclose(a[same], b[same], atol=1e-4)
         assert (a - b)[mask == other].abs().median() < 1e-5
