@@ -22,6 +22,7 @@ import shutil
 import sqlite3
 import sys
 import tempfile
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -108,10 +109,22 @@ class Store:
             if found > SCHEMA:
                 self.base.close()
                 raise ConfigError(f"{self.file.name} was written by a newer reconkit (history {found}, known here: {SCHEMA}); update reconkit.")
-            self.base.execute("PRAGMA journal_mode = WAL")
+            self._log_ahead()
             self.base.execute("PRAGMA synchronous = FULL")
             if found < SCHEMA:
                 self._make()
+
+    def _log_ahead(self) -> None:
+        # SQLite waits for a lock, but not to turn one that it has into another: of two that open a new file at once, one is refused
+        until = time.monotonic() + WAIT
+        while True:
+            try:
+                self.base.execute("PRAGMA journal_mode = WAL")
+                return
+            except sqlite3.OperationalError as error:
+                if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > until:
+                    raise
+            time.sleep(0.01)
 
     def _make(self) -> None:
         with self._writing():

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -168,13 +169,20 @@ def test_two_writers_wait_for_each_other(file: Path) -> None:
             for i in range(50):
                 store.append(facts(f"{name}{i}"), rows(1.0, 2.0))
 
-    threads = [threading.Thread(target=write, args=(name,)) for name in "ab"]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(write, "ab"))
     with history.Store(file) as store:
         assert len(store.versions()) == 100 and len(store.measurements()) == 200
+
+
+def test_two_can_make_the_same_file_at_once(tmp_path: Path) -> None:
+    def make(file: Path, together: threading.Barrier) -> None:
+        together.wait()
+        history.Store(file).base.close()
+
+    with ThreadPoolExecutor(2) as pool:
+        for i in range(40):
+            list(pool.map(make, [tmp_path / str(i)] * 2, [threading.Barrier(2)] * 2))
 
 
 @pytest.mark.slow

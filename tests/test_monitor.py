@@ -118,7 +118,9 @@ def test_a_killed_child_that_nobody_waited_for_is_not_running(tmp_path: Path) ->
 
 
 def test_it_ends_with_the_run_and_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    process = pruning(tmp_path, "--epochs", "30")
+    process = pruning(tmp_path, "--epochs", "100")
+    while not len(monitor.course(monitor.running()[0])[0]):  # the first block is through, the others are to come
+        time.sleep(0.02)
     monitor.watch(str(process.pid), interval=0.05)
     said = capsys.readouterr().out
     process.wait(timeout=60)
