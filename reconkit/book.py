@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,12 @@ from .config import ConfigError, require
 
 CONTENTS = "README.md"
 "Of the folder of notebooks: the book's first page."
+COPY = "notebook.ipynb"
+"An executed notebook, in the folder of its run."
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 BADGE = re.compile(r"\[!\[([^\]]*)\]\(https?://[^)]*\)\]\(([^)]*)\)")
-EXECUTED = re.compile(r" · \[executed copy\]\([^)]*\)")
+EXECUTED = re.compile(r" · \[(?:executed copy|notebook)\]\([^)]*\)")
+"At the head of a notebook, and of its executed copy: the other one."
 SAVED = re.compile(r'plots\.save\([^"]*"(\w+)"')
 WORDS = 40  # of the reading that a picture's alternative text has
 CONF = '''"""Written by reconkit.book."""
@@ -62,7 +66,7 @@ def build(executed: Mapping[str, Path], notebooks: Path, out: Path, repository: 
     """Write the book to the folder `out`, which is replaced.
 
     Args:
-        executed: by the name of the notebook, without its ending, the executed copy.
+        executed: by the name of the notebook, without its ending, the copy that a suite executed, in a folder of that name.
         notebooks: the folder that has README.md, the notebooks and solutions/.
         repository: address that links to what is not part of the book lead to.
 
@@ -80,18 +84,17 @@ def build(executed: Mapping[str, Path], notebooks: Path, out: Path, repository: 
     except ImportError as error:
         raise ConfigError(f"A book needs {error.name}, which is not installed: pip install 'reconkit[book]'.") from None
     solutions = sorted(p for p in (notebooks / "solutions").glob("*.ipynb") if p.stem in executed)
-    kept = {notebooks / CONTENTS, *(notebooks / f"{name}.ipynb" for name in executed), *solutions}
-    pages = {p.resolve() for p in kept}
+    kept = (notebooks / CONTENTS, *(notebooks / f"{name}.ipynb" for name in executed), *solutions)
+    pages = {file.resolve(): file.relative_to(notebooks).as_posix() for file in kept}
     with tempfile.TemporaryDirectory() as folder:
         source, made = Path(folder) / "source", Path(folder) / "book"
         (source / "solutions").mkdir(parents=True)
         (source / "conf.py").write_text(CONF, encoding="utf-8")
         for name, file in executed.items():
-            book = nbformat.read(file, as_version=4)
-            _write(book, source / f"{name}.ipynb", notebooks, pages, repository)
+            _write(file, source, f"{name}.ipynb", pages, repository)
         for file in solutions:
-            _write(nbformat.read(file, as_version=4), source / "solutions" / file.name, file.parent, pages, repository)
-        text = relinked((notebooks / CONTENTS).read_text(encoding="utf-8"), notebooks, pages, repository)
+            _write(file, source, f"solutions/{file.name}", pages, repository)
+        text = paged((notebooks / CONTENTS).read_text(encoding="utf-8"), notebooks, CONTENTS, pages, repository)
         trees = [_tree("The series", sorted(executed)), _tree("Solutions", [f"solutions/{p.stem}" for p in solutions])]
         (source / CONTENTS).write_text("\n\n".join([text, *trees]), encoding="utf-8")
         done = subprocess.run([sys.executable, "-m", "sphinx", "-q", "-b", "html", source, made], capture_output=True, text=True)
@@ -109,34 +112,43 @@ def _tree(caption: str, pages: Sequence[str]) -> str:
     return "\n".join(["```{toctree}", ":hidden:", f":caption: {caption}", "", *pages, "```"]) if pages else ""
 
 
-def _write(book: Any, to: Path, folder: Path, pages: set[Path], repository: str) -> None:
+def _write(file: Path, source: Path, page: str, pages: Mapping[Path, str], repository: str) -> None:
+    book = nbformat.read(file, as_version=4)
     setup = next((cell for cell in book.cells if cell.cell_type == "code" and "ImportError" in cell.source), None)
     for cell, text in zip(book.cells, described(book), strict=True):
         if cell.cell_type == "markdown":
-            cell.source = relinked(cell.source, folder, pages, repository)
+            cell.source = paged(cell.source, file.parent, page, pages, repository)
         elif text:
             cell.metadata["mystnb"] = {"image": {"alt": text}}
         if cell is setup:
             cell.metadata["tags"] = ["hide-input"]
     book.cells = [cell for cell in book.cells if "injected-parameters" not in cell.metadata.get("tags", [])]  # they repeat the cell before
-    nbformat.write(book, to)
+    nbformat.write(book, source / page)
 
 
-def relinked(text: str, folder: Path, pages: set[Path], repository: str) -> str:
-    """Markdown whose links stay in the book where it has the page, and else lead to the repository; badges become words."""
+def relinked(text: str, folder: Path, lead: Callable[[Path], str]) -> str:
+    """Markdown whose links to files, written for `folder`, lead where `lead` says."""
 
     def there(match: re.Match[str]) -> str:
         target, _, anchor = match[1].partition("#")
-        if not target or "://" in target:
+        if not target or re.match(r"\w+:", target):
             return match[0]
-        file = (folder / target).resolve()
-        if file in pages:
-            return match[0]
-        root = next((p for p in folder.resolve().parents if (p / "pyproject.toml").is_file()), folder.resolve())
-        inside = file.relative_to(root).as_posix() if file.is_relative_to(root) else file.name
-        return f"]({repository}/blob/main/{inside}{'#' + anchor if anchor else ''})"
+        return f"]({lead((folder / target).resolve())}{'#' + anchor if anchor else ''})"
 
-    return LINK.sub(there, EXECUTED.sub("", BADGE.sub(r"[\1](\2)", text)))
+    return LINK.sub(there, text)
+
+
+def paged(text: str, folder: Path, page: str, pages: Mapping[Path, str], repository: str) -> str:
+    """Markdown of a page whose links stay in the book where it has the file, or its executed copy, and else lead to the repository; badges become words."""
+    root = next((p for p in folder.resolve().parents if (p / "pyproject.toml").is_file()), folder.resolve())
+
+    def lead(file: Path) -> str:
+        other = pages.get(file, f"{file.parent.name}.ipynb" if file.name == COPY else "")
+        if other in pages.values():
+            return os.path.relpath(other, Path(page).parent)
+        return f"{repository}/blob/main/{file.relative_to(root).as_posix() if file.is_relative_to(root) else file.name}"
+
+    return relinked(EXECUTED.sub("", BADGE.sub(r"[\1](\2)", text)), folder, lead)
 
 
 def described(book: Any) -> list[str]:

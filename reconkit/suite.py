@@ -397,10 +397,10 @@ def _finish(suite: Suite, r: _Running, key: str) -> str:
     if state == "failed":
         lines = [x for x in r.log.read_text(encoding="utf-8", errors="replace").splitlines() if x.strip()]
         reason = lines[-1] if lines else f"ended with status {r.process.returncode}"
-    notebook = r.staging / "notebook.ipynb"
+    notebook = r.staging / pages.COPY
     if state == "ok":
         r.log.unlink()
-        nbformat.write(_without_bars(_read(notebook)), notebook)
+        nbformat.write(_linked(_without_bars(_read(notebook)), suite, r.entry, suite.folder), notebook)
     facts = {
         "state": state,
         "reason": reason,
@@ -440,7 +440,7 @@ def _execute(notebook: str, staging: str) -> None:
         try:
             papermill.execute_notebook(
                 notebook,
-                str(Path(staging) / "notebook.ipynb"),
+                str(Path(staging) / pages.COPY),
                 {**given, OUT_DIR: staging},
                 kernel_name="python3",
                 language="python",
@@ -563,6 +563,18 @@ def _retold(executed: Any, source: Any) -> Any:
     return executed
 
 
+def _linked(notebook: Any, suite: Suite, entry: Entry, home: Path) -> Any:
+    """Its links lead on from the folder of its run in `home`: to the copies that the suite executes, and else to the files they were written for."""
+    home = home.resolve()
+    here, copies = home / entry.name, {e.notebook.resolve(): home / e.name / pages.COPY for e in reversed(suite.entries)}
+    source = f" · [notebook]({os.path.relpath(entry.notebook.resolve(), here)})"
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            led = pages.relinked(cell.source, entry.notebook.parent, lambda file: os.path.relpath(copies.get(file, file), here))
+            cell.source = pages.EXECUTED.sub(lambda _: source, led)
+    return notebook
+
+
 def _normalised(notebook: Any) -> Any:
     """Without ids, times, widget state and everything else that differs between two equal executions."""
     notebook.metadata = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}, "language_info": {"name": "python"}}
@@ -605,7 +617,8 @@ def publish(manifest: str | Path, only: str | None = None) -> None:
     for e in chosen:
         source, to = suite.folder / e.name, staging / e.name
         to.mkdir()
-        nbformat.write(_normalised(_retold(_read(source / "notebook.ipynb"), _read(e.notebook))), to / "notebook.ipynb")
+        told = _linked(_retold(_read(source / pages.COPY), _read(e.notebook)), suite, e, home / suite.name)
+        nbformat.write(_normalised(told), to / pages.COPY)
         for part in ("figures", "data"):
             if (source / part).is_dir():
                 shutil.copytree(source / part, to / part)
@@ -636,7 +649,7 @@ def book(manifest: str | Path, out: str | Path | None = None) -> Path:
     home = suite.folder.parent
     executed = {}
     for e in suite.entries:
-        own, published = suite.folder / e.name / "notebook.ipynb", home / PUBLISHED / suite.name / e.name / "notebook.ipynb"
+        own, published = suite.folder / e.name / pages.COPY, home / PUBLISHED / suite.name / e.name / pages.COPY
         found = own if own.is_file() and _status(suite, e).get("state") == "ok" else published
         if found.is_file() and e.notebook.parent.resolve() == (home.parent / "notebooks").resolve():  # solutions are pages anyway
             executed[e.name] = found
@@ -686,7 +699,7 @@ def index(suite: Suite) -> None:
             if found
             else "not run yet"
         )
-        link = f'<a href="{title}/notebook.ipynb">notebook</a>' if (folder / "notebook.ipynb").is_file() else ""
+        link = f'<a href="{title}/notebook.ipynb">notebook</a>' if (folder / pages.COPY).is_file() else ""
         pictures = "".join(
             f'<a href="{title}/figures/{html.escape(p.stem)}.svg"><img src="{title}/figures/{html.escape(p.name)}" alt="{html.escape(p.stem)}"></a>'
             for p in sorted(folder.glob("figures/*.png"))

@@ -22,17 +22,21 @@ ADDRESS = "https://example.org/me/reconkit"
 
 def test_links_stay_in_the_book_where_it_has_the_page() -> None:
     folder = ROOT / "notebooks"
-    pages = {(folder / "README.md").resolve(), (folder / "00_start_here.ipynb").resolve()}
+    pages = {folder / name: name for name in ("README.md", "00_start_here.ipynb", "solutions/00_start_here.ipynb")}
     text = (
         "[a](00_start_here.ipynb) [b](README.md#x) [c](01_pruning_criteria.ipynb)"
         " [d](../README.md#other) [e](https://x.y) [f](#z)"
         " · [executed copy](../papermill_runs/x/notebook.ipynb) · [![Open In Colab](https://a/b.svg)](https://colab)"
     )
-    assert book.relinked(text, folder, pages, ADDRESS) == (
+    assert book.paged(text, folder, "01.ipynb", pages, ADDRESS) == (
         f"[a](00_start_here.ipynb) [b](README.md#x) [c]({ADDRESS}/blob/main/notebooks/01_pruning_criteria.ipynb)"
         f" [d]({ADDRESS}/blob/main/README.md#other) [e](https://x.y) [f](#z) · [Open In Colab](https://colab)"
     )
-    assert book.relinked("[up](../README.md)", folder / "solutions", pages, ADDRESS) == "[up](../README.md)"
+    assert book.paged("[up](../README.md)", folder / "solutions", "solutions/a.ipynb", pages, ADDRESS) == "[up](../README.md)"
+    copy = "[a](../00_start_here/notebook.ipynb) [b](../01_other/notebook.ipynb) [c](../../notebooks/README.md#x) · [notebook](../../notebooks/02.ipynb)"
+    assert book.paged(copy, ROOT / "papermill_runs" / "02", "02.ipynb", pages, ADDRESS) == (
+        f"[a](00_start_here.ipynb) [b]({ADDRESS}/blob/main/papermill_runs/01_other/notebook.ipynb) [c](README.md#x)"
+    )
 
 
 def test_a_picture_is_described_by_its_name_and_its_reading() -> None:

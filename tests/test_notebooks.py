@@ -11,7 +11,7 @@ from typing import Any
 import nbformat
 import pytest
 
-from reconkit import ledger, paper, suite
+from reconkit import book, ledger, paper, suite
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -159,11 +159,25 @@ def known_numbers(file: Path) -> set[float]:
     return found
 
 
+def unlinked(text: str) -> str:
+    """Without what differs between a notebook and its copy elsewhere."""
+    return book.EXECUTED.sub("", book.LINK.sub("]()", text))
+
+
 @each
 def test_the_published_copy_is_of_this_notebook(file: Path) -> None:
     executed = PUBLISHED / file.stem / "notebook.ipynb"
     given = [c for c in nbformat.read(executed, as_version=4).cells if "injected-parameters" not in c.metadata.get("tags", [])]
-    assert [c.source for c in given] == [c.source for c in nbformat.read(file, as_version=4).cells], f"run and publish {file.stem} again"
+    told, now = ([unlinked(c.source) for c in cells] for cells in (given, nbformat.read(file, as_version=4).cells))
+    assert told == now, f"run and publish {file.stem} again"
+
+
+@pytest.mark.parametrize("copy", sorted(PUBLISHED.parent.rglob("notebook.ipynb")), ids=lambda p: f"{p.parts[-3]}-{p.parts[-2][:2]}")
+def test_every_link_of_a_published_copy_leads_on_from_its_folder(copy: Path) -> None:
+    targets = [t for cell in cells(copy, "markdown") for t in book.LINK.findall(cell.source) if not re.match(r"https?:|#", t)]
+    assert len(targets) >= 4 and all((copy.parent / target.partition("#")[0]).is_file() for target in targets), targets
+    copies = [t for t in targets if (copy.parent / t).resolve().is_relative_to(PUBLISHED.parent)]
+    assert copies or copy.parts[-3] != "offline", "from copy to copy"
 
 
 @each

@@ -291,6 +291,19 @@ def test_an_edit_of_the_prose_is_published_without_a_new_run(home: Path) -> None
     assert cells[2].metadata["tags"] == ["injected-parameters"] and cells[3].outputs
 
 
+def test_links_lead_on_from_where_a_copy_lies(home: Path) -> None:
+    there = "../papermill_runs/published/mine/00_one/notebook.ipynb"
+    text = f"# One\n\nnext: [two](01_two.ipynb#end) · [contents](README.md) · [executed copy]({there}) · [x](https://x.y/z)"
+    notebook(home / "notebooks" / "00_one.ipynb", text=text)
+    file = manifest(home)
+    assert suite.run(file) == 0
+    suite.publish(file)
+    for folder, up in (("papermill_runs/mine", "../../../"), ("papermill_runs/published/mine", "../../../../")):
+        header = nbformat.read(home / folder / "00_one" / "notebook.ipynb", as_version=4).cells[0].source
+        assert "[two](../01_two/notebook.ipynb#end)" in header and "[x](https://x.y/z)" in header
+        assert f"[contents]({up}notebooks/README.md)" in header and f" · [notebook]({up}notebooks/00_one.ipynb)" in header
+
+
 def test_a_checkpoint_is_a_folder_of_the_callers(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     notebook(home / "notebooks" / "00_one.ipynb", parameters='checkpoint: str = ""\nout_dir: str = ""')
     monkeypatch.chdir(home)
