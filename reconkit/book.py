@@ -139,7 +139,7 @@ def relinked(text: str, folder: Path, lead: Callable[[Path], str]) -> str:
 
 
 def paged(text: str, folder: Path, page: str, pages: Mapping[Path, str], repository: str) -> str:
-    """Markdown of a page whose links stay in the book where it has the file, or its executed copy, and else lead to the repository; badges become words."""
+    """Markdown whose links stay in the book where it has the file, or its executed copy, and else lead to the repository; badges become words."""
     root = next((p for p in folder.resolve().parents if (p / "pyproject.toml").is_file()), folder.resolve())
 
     def lead(file: Path) -> str:

@@ -237,9 +237,9 @@ def evaluate(
         prompts: tokens (N, T) from which it writes on, see `generations`.
 
     Returns:
-        perplexity: rows of corpus, split, length, tokens, data (a fingerprint), samples (another), dtype, device, value, low, high,
-        nll (per sequence), and ratio, ratio_low, ratio_high with `against`; cloze: value, low, high, n, right and sample (per
-        item), and difference, difference_low, difference_high with `against`, or None; zero_shot: rows, see `zero_shot`, with
+        perplexity: rows of corpus (of a file, its name), split, length, tokens, data (a fingerprint), samples (another), dtype,
+        device, value, low, high, nll (per sequence), and ratio, ratio_low, ratio_high with `against`; cloze: value, low, high, n,
+        right and sample (per item), and difference, difference_low, difference_high with `against`, or None; zero_shot: rows, see `zero_shot`, with
         items (a fingerprint) and right (per item); generations: rows, see `generations`; speed: rows, see `latency`; size: dict;
         cost: of measuring, see `Cost.record`, and with a price that of a million tokens by batch size;
         fingerprint: what decides these figures, the weights included.
@@ -263,7 +263,7 @@ def evaluate(
                 nll = sequence_nll(model, samples, batch_size=batch_size)
             low, high = perplexity_interval(nll)
             row = {
-                "corpus": corpus,
+                "corpus": data.short_name(corpus),
                 "split": split if corpus in drawn else "given",
                 "length": samples.shape[1],
                 "tokens": samples[:, 1:].numel(),

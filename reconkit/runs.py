@@ -282,7 +282,7 @@ def _measure(config: RunConfig, id: str, parts: dict[str, Any], folder: Path, mo
         seed=config.draw,
     )
     for row in record["perplexity"]:
-        name = f"perplexity/{data.short_name(row['corpus'])}"
+        name = f"perplexity/{row['corpus']}"
         metrics |= {name: row["value"], f"{name}/low": row["low"], f"{name}/high": row["high"]}
     if record["cloze"]:
         metrics |= {f"accuracy/cloze{end}": record["cloze"][name] for end, name in (("", "value"), ("/low", "low"), ("/high", "high"))}
@@ -395,6 +395,10 @@ def _corpora(config: RunConfig) -> list[str]:
     models.check_model(config.model)
     named = [config.corpus, *config.held_out, *config.test, *([config.extra] if config.extra else [])]
     require(SELF not in config.held_out, "held_out", config.held_out, "a list of corpora without self, which is possible as corpus and in test")
+    trained = {corpus for corpus in (config.corpus, config.extra) if config.prune and corpus and Path(corpus).suffix in data.FILES}
+    for field in ("held_out", "test"):
+        again = trained.intersection(getattr(config, field))
+        require(not again, field, ", ".join(again), "files that are not trained on; a file has no splits, so put a part of it into another one")
     asked = "generations" not in config.evaluate or any(corpus != SELF for corpus in config.test)
     require(asked, "test", config.test, "a list with a corpus in it, from which prompts can be taken")
     return [corpus for corpus in named if corpus != SELF]

@@ -19,7 +19,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from . import data, evaluation, zeroshot
+from . import evaluation, zeroshot
 from .config import Z95, to_dict
 from .history import Store
 
@@ -123,7 +123,7 @@ def measurements(run: Any) -> list[dict[str, Any]]:
         if name.startswith("nmse/") and source not in ("calibration", "extra") and calibration:
             rows[f"gap/{source}"] = {"metric": "gap", "test_set": source, "value": value / calibration, "unit": UNITS["gap"], "direction": "lower"}
     for row in run.record["evaluation"]["perplexity"]:
-        found = rows[f"perplexity/{data.short_name(row['corpus'])}"]
+        found = rows[f"perplexity/{row['corpus']}"]
         half = (row["high"] - row["low"]) / 2 / Z95
         found |= {"stderr": half, "n": len(row["nll"]), "sample": row["samples"], "items": json.dumps(row["nll"])}
     if cloze := run.record["evaluation"].get("cloze"):

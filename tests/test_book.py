@@ -33,7 +33,10 @@ def test_links_stay_in_the_book_where_it_has_the_page() -> None:
         f" [d]({ADDRESS}/blob/main/README.md#other) [e](https://x.y) [f](#z) · [Open In Colab](https://colab)"
     )
     assert book.paged("[up](../README.md)", folder / "solutions", "solutions/a.ipynb", pages, ADDRESS) == "[up](../README.md)"
-    copy = "[a](../00_start_here/notebook.ipynb) [b](../01_other/notebook.ipynb) [c](../../notebooks/README.md#x) · [notebook](../../notebooks/02.ipynb)"
+    copy = (
+        "[a](../00_start_here/notebook.ipynb) [b](../01_other/notebook.ipynb) [c](../../notebooks/README.md#x)"
+        " · [notebook](../../notebooks/02.ipynb)"
+    )
     assert book.paged(copy, ROOT / "papermill_runs" / "02", "02.ipynb", pages, ADDRESS) == (
         f"[a](00_start_here.ipynb) [b]({ADDRESS}/blob/main/papermill_runs/01_other/notebook.ipynb) [c](README.md#x)"
     )

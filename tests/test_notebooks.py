@@ -98,6 +98,28 @@ def test_the_smoke_suite_runs_every_solution() -> None:
     assert all(e.parameters["model"] == "tiny" for e in entries if "model" in e.parameters)
 
 
+@pytest.mark.slow
+def test_texts_of_ones_own_are_called_by_their_names(tmp_path: Path) -> None:
+    """00 and 03 look errors and perplexities up by text, 13 makes calibration texts part of its names, too."""
+    files = {name: str(tmp_path / f"{name}.txt") for name in ("own", "other", "second", "third")}
+    text = (ROOT / "README.md").read_text()
+    for i, file in enumerate(files.values()):
+        Path(file).write_text(text[len(text) * i // 4 : len(text) * (i + 1) // 4])
+    names = ("00_start_here", "03_global_propagation", "13_which_recipe")
+    known = set().union(*(suite.parameters(ROOT / "notebooks" / f"{name}.ipynb") for name in names))
+    given = tomllib.loads((ROOT / "papermill_runs" / "smoke.toml").read_text())["defaults"]
+    given |= {"corpus": files["own"], "other": files["other"], "held_out": [files["second"]], "test": [files["second"], files["third"]]}
+    lines = [f"{name} = {json.dumps(value)}" for name, value in given.items() if name in known]
+    runs = [f'[[run]]\nnotebook = "{(ROOT / "notebooks" / name).as_posix()}.ipynb"\nname = "{name}"' for name in names]
+    (tmp_path / "mine.toml").write_text("\n".join(["[defaults]", *lines, *runs]))
+    assert suite.run(tmp_path / "mine.toml") == 0
+    for file in (tmp_path / "mine").rglob("*.csv"):
+        assert str(tmp_path) not in file.read_text(), f"{file} names a folder"
+    for name in names:
+        for cell in cells(tmp_path / "mine" / name / "notebook.ipynb", "code"):
+            assert str(tmp_path) not in json.dumps(cell.outputs), f"{name} shows a folder"
+
+
 @pytest.mark.parametrize("name", ["smoke", "offline", "offline-full", "colab", "paper", "speed", "regression", "regression-smoke"])
 def test_every_scale_is_possible(name: str) -> None:
     """One file says what a scale is; what it asks of a notebook, the notebook has."""

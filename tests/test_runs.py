@@ -324,6 +324,16 @@ def test_texts_of_one_name_are_refused_before_work(monkeypatch: pytest.MonkeyPat
             runs.run(config(**{field: ("pydocs", *map(str, files))}))
 
 
+def test_a_file_is_not_both_trained_on_and_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(runs, "_compute", None)
+    file = tmp_path / "mine.txt"
+    file.write_text("words " * 2000)
+    for field in ("held_out", "test"):
+        with pytest.raises(ConfigError, match=f"{field} is .*mine.txt'; it must be files that are not trained on"):
+            runs.run(config(corpus=str(file), **{field: ("pydocs", str(file))}))
+    assert runs.fingerprint(config(corpus=str(file), held_out=("pydocs",), test=("pydocs",)))
+
+
 def test_no_room_on_the_disk_is_said_before_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runs, "NEEDED", 10**18)
     monkeypatch.setattr(runs, "_compute", None)
