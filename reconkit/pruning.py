@@ -661,7 +661,8 @@ def _check(model: nn.Module, samples: Tensor, config: PruneConfig, extra: Tensor
         if name in ("calibration", "extra"):
             raise ConfigError(f"A held-out set cannot be called {name!r}, the name of a training source.")
         if again := sum(tuple(row) in trained for row in ids.tolist()):
-            raise ConfigError(f"{again} of the {len(ids)} samples of held_out[{name}] are trained on, too; a file has no splits, so hold out another one.")
+            several = f"{again} of the {len(ids)} samples of held_out[{name}]"
+            raise ConfigError(f"{several} are trained on, too; a file has no splits, so hold out another one.")
     if extra is not None and extra.shape[1] != samples.shape[1]:
         raise ConfigError(f"extra has {extra.shape[1]} tokens a sample and samples {samples.shape[1]}; they are trained together and must agree.")
     if config.early_stopping is not None and not held_out:
