@@ -656,7 +656,7 @@ def _check(model: nn.Module, samples: Tensor, config: PruneConfig, extra: Tensor
             raise ConfigError(f"{name} holds token {int(ids.max())}, beyond the model's vocabulary of {vocabulary}: another model's tokenizer?")
         if limit and ids.shape[1] > limit:
             raise ConfigError(f"{name} has {ids.shape[1]} tokens a sample, more than the model's context of {limit}.")
-    trained = {tuple(row) for ids in (samples, extra) if ids is not None for row in ids.tolist()}
+    trained = {tuple(row) for ids in (samples, extra) if held_out and ids is not None for row in ids.tolist()}
     for name, ids in (held_out or {}).items():
         if name in ("calibration", "extra"):
             raise ConfigError(f"A held-out set cannot be called {name!r}, the name of a training source.")
