@@ -14,7 +14,7 @@ import psutil
 from . import progress, report, runs
 from .config import ConfigError
 
-ERRORS, TRAINING = ["block", "source", "mse", "nmse"], ["window", "epoch", "source", "loss"]
+ERRORS, TRAINING = ["block", "source", "mse", "nmse", "token_nmse", "token_nmse_90"], ["window", "epoch", "source", "loss"]
 SAME = 1.0  # seconds by which two looks at one process's start may differ
 
 
@@ -38,7 +38,7 @@ def _is(state: dict[str, Any], run: str) -> bool:
 
 
 def course(state: dict[str, Any]) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
-    """What a running walk has measured so far: errors (block, source, mse, nmse), training (window, epoch, source, loss), and what it said."""
+    """What a running walk has measured so far: errors (block, source, mse, nmse, token_nmse, token_nmse_90), training (window, epoch, source, loss), and what it said."""
     rows: dict[str, list[Any]] = {"errors": [], "training": [], "said": []}
     try:
         text = progress.log(state["pid"]).read_text(encoding="utf-8")

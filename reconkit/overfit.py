@@ -183,7 +183,7 @@ class Live:
 
     def look(self, errors: Iterable[tuple[int, str, float, float]], training: Iterable[tuple[str, int, str, float]]) -> list[str]:
         """New warnings, given all rows so far; of a window the rows come together, after its training."""
-        measured = pd.DataFrame(errors, columns=["block", "source", "mse", "nmse"])
+        measured = pd.DataFrame([row[:4] for row in errors], columns=["block", "source", "mse", "nmse"])
         table = ratios(measured[measured.block > measured.block.max() - HELD])
         found = []
         if table.block.nunique() >= HELD:

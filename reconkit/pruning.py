@@ -30,7 +30,7 @@ from .config import ConfigError, PruneConfig, nm_pattern
 from .models import WeightView, blocks, weight_views
 from .progress import Progress
 from .reconstruct import reconstruct, resolve_precision
-from .streams import InputTap, Runner, error, room, store
+from .streams import Errors, InputTap, Runner, error, room, store
 
 STREAMS = 4  # of the samples' size at once, at most: dense, sparse, target, and what is advanced
 FEW_TOKENS = 2  # an expert needs this many tokens per input column, else its mask is by magnitude
@@ -41,7 +41,7 @@ class PruneResult:
     """What a pruning did, measured on the way."""
 
     errors: pd.DataFrame
-    "block (int from 0), source (calibration | extra | a held-out name), mse, nmse"
+    "block (int from 0), source (calibration | extra | a held-out name), mse, nmse, token_nmse, token_nmse_90; see `streams.Errors`"
     training: pd.DataFrame
     'window ("3" or "3+4"), epoch (0 = before training), source, loss'
     sparsity: float
@@ -76,7 +76,7 @@ class Walk:
     "Zeros found in the prunable matrices of the blocks before `position`."
     left: list[int] = field(default_factory=list)
     "Parameters that are not zero in each of these blocks."
-    errors: list[tuple[int, str, float, float]] = field(default_factory=list)
+    errors: list[tuple[int, str, float, float, float, float]] = field(default_factory=list)
     training: list[tuple[str, int, str, float]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     pruned: int = 0
@@ -134,7 +134,7 @@ def prune(
     _verify(layers, walk)
     entries = sum(math.prod(v.get().shape) for views in found.views for v in views)
     return PruneResult(
-        errors=pd.DataFrame(walk.errors, columns=["block", "source", "mse", "nmse"]),
+        errors=pd.DataFrame(walk.errors, columns=["block", "source", *Errors._fields]),
         training=pd.DataFrame(walk.training, columns=["window", "epoch", "source", "loss"]),
         sparsity=walk.zeros / entries,
         seconds=walk.earlier + time.perf_counter() - started,
@@ -319,10 +319,10 @@ def _advance(runner: Runner, walk: Walk, position: int, config: PruneConfig, fou
         for source, states in walk.sparse.items():
             known = ahead.pop(source, None)
             walk.sparse = {**walk.sparse, source: runner.advance([i], states, config.batch_size, in_place=True) if known is None else known}
-            mse, nmse = error(walk.dense[i + 1][source], walk.sparse[source])
-            if not math.isfinite(mse):
-                raise FloatingPointError(f"The error of block {i} on {source} is {mse}; load the model in float32, or look at the samples.")
-            walk.errors.append((i, source, mse, nmse))
+            found_error = error(walk.dense[i + 1][source], walk.sparse[source])
+            if not math.isfinite(found_error.mse):
+                raise FloatingPointError(f"The error of block {i} on {source} is {found_error.mse}; load the model in float32, or look at the samples.")
+            walk.errors.append((i, source, *found_error))
         walk.dense.pop(i, None)
         for view in found.views[i]:
             walk.masks.pop(f"{i}.{view.name}", None)

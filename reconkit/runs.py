@@ -33,6 +33,7 @@ from .checkpoint import code_hash
 from .config import SELF, ConfigError, OverfitConfig, RunConfig, from_dict, require, to_dict
 from .overfit import verdict
 from .reconstruct import cpu_name, resolve_precision
+from .streams import Errors
 
 ROOMS = (
     "assets",
@@ -64,7 +65,7 @@ NO_MATTER = ("tag", "parent", "keep_model", "test_seed", "price_per_hour", "offl
 PROMPTS, PROMPT = 4, 16  # prompts of the generations, and tokens in each
 SPENT = ("gpu_hours", "joules")
 "What a part of a run takes besides seconds and memory, where there is a GPU."
-ERRORS = ["block", "source", "mse", "nmse"]
+ERRORS = ["block", "source", *Errors._fields]
 TRAINING = ["window", "epoch", "source", "loss"]
 CLAIM = ["claim", "paper", "expected here", "measured", "holds"]
 
@@ -79,7 +80,7 @@ class Run:
     metrics: dict[str, float]
     "Flat names: perplexity/wiki, nmse/calibration, accuracy/boolq, sparsity, seconds/prune, memory/rss, …"
     errors: pd.DataFrame
-    "block, source, mse, nmse"
+    "block, source, mse, nmse, token_nmse, token_nmse_90"
     training: pd.DataFrame
     "window, epoch, source, loss"
     notes: list[str]
@@ -265,7 +266,7 @@ def _measure(config: RunConfig, id: str, parts: dict[str, Any], folder: Path, mo
         metrics |= {f"{name}/prune": value for name, value in used.record().items() if name in SPENT}
         metrics |= {"data per parameter": result.per_parameter} if result.per_parameter is not None else {}
         for row in errors[errors.block == errors.block.max()].itertuples():
-            metrics |= {f"nmse/{row.source}": row.nmse, f"mse/{row.source}": row.mse}
+            metrics |= {f"{name}/{row.source}": getattr(row, name) for name in Errors._fields}
     record = evaluation.evaluate(
         model,
         tokenizer,

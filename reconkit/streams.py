@@ -11,7 +11,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import psutil
@@ -288,17 +288,35 @@ def _on_disk(states: Tensor) -> Tensor:
     return found
 
 
-@torch.no_grad()
-def error(dense: Tensor, sparse: Tensor, batch_size: int = 8) -> tuple[float, float]:
-    """(MSE, NMSE) of two streams (N, T, H): mean square per scalar, and that over the dense stream's mean square.
+class Errors(NamedTuple):
+    """Distance of the sparse hidden states from the dense ones."""
 
-    Sums in float64.
+    mse: float
+    "Mean square per scalar."
+    nmse: float
+    "The same, divided by the mean square of the dense hidden states."
+    token_nmse: float
+    "Median over tokens of each token's squared error divided by its own squared norm."
+    token_nmse_90: float
+    "90th percentile of the same."
+
+
+@torch.no_grad()
+def error(dense: Tensor, sparse: Tensor, batch_size: int = 8) -> Errors:
+    """MSE, NMSE and token NMSE of two sets of hidden states (N, T, H). Sums in float64.
+
+    A few tokens with massive activations decide the NMSE. The token NMSE counts every token alike.
     """
     difference = square = 0.0
+    tokens: list[np.ndarray] = []
     for d, s in zip(dense.split(batch_size), sparse.split(batch_size), strict=True):
-        difference += _sum((d.float() - s.float()).square())
-        square += _sum(d.float().square())
-    return difference / dense.numel(), difference / square if square else float(difference > 0)
+        differences, squares = (d.float() - s.float()).square().sum(-1), d.float().square().sum(-1)  # (B, T)
+        difference += _sum(differences)
+        square += _sum(squares)
+        relative = differences / squares.clamp_min(torch.finfo(squares.dtype).tiny)
+        tokens.append(relative.flatten().cpu().double().numpy())
+    median, high = np.quantile(np.concatenate(tokens), [0.5, 0.9]).tolist()
+    return Errors(difference / dense.numel(), difference / square if square else float(difference > 0), median, high)
 
 
 def _sum(values: Tensor) -> float:

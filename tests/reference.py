@@ -86,11 +86,21 @@ def train_masked(
         weight.data[~mask] = 0
 
 
-def error(dense: Tensor, sparse: Tensor) -> tuple[float, float]:
-    """(MSE, NMSE), scalar by scalar."""
+def error(dense: Tensor, sparse: Tensor) -> tuple[float, float, float, float]:
+    """(MSE, NMSE, median and 90th percentile of the token NMSE), scalar by scalar and token by token."""
+    tokens = sorted(
+        sum((a - b) ** 2 for a, b in zip(d, s, strict=True)) / sum(a * a for a in d)
+        for d, s in zip(dense.double().flatten(0, 1).tolist(), sparse.double().flatten(0, 1).tolist(), strict=True)
+    )
+
+    def quantile(share: float) -> float:
+        place = share * (len(tokens) - 1)
+        below, above = tokens[math.floor(place)], tokens[math.ceil(place)]
+        return below + (place - math.floor(place)) * (above - below)
+
     pairs = list(zip(dense.double().flatten().tolist(), sparse.double().flatten().tolist(), strict=True))
     mse = sum((d - s) ** 2 for d, s in pairs) / len(pairs)
-    return mse, mse / (sum(d * d for d, _ in pairs) / len(pairs))
+    return mse, mse / (sum(d * d for d, _ in pairs) / len(pairs)), quantile(0.5), quantile(0.9)
 
 
 def perplexity(model: torch.nn.Module, samples: Tensor) -> float:

@@ -77,7 +77,11 @@ def test_error_equals_its_twin_and_does_not_depend_on_the_batch() -> None:
     expected = reference.error(dense, sparse)
     for batch_size in (1, 2, 8):
         assert streams.error(dense, sparse, batch_size) == pytest.approx(expected, rel=1e-6)
-    assert streams.error(dense, dense) == (0.0, 0.0)
+    assert streams.error(dense, dense) == (0.0, 0.0, 0.0, 0.0)
+    dense[0, 0] *= 1e4  # one massive activation decides the NMSE, and not the token NMSE
+    sparse[0, 0] = dense[0, 0]
+    found = streams.error(dense, sparse)
+    assert found.nmse < 1e-5 and found.token_nmse == pytest.approx(expected[2], rel=0.2)
     assert streams.error(dense, torch.zeros_like(dense))[1] == pytest.approx(1)
 
 
