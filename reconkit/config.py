@@ -133,6 +133,9 @@ class PruneConfig:
     "LR (no reconstruction of blocks) or BR with any of +GP (dense-stream target) and +CR (windows of two blocks)."
     layers: str | tuple[str, ...] = "all"
     "all, attention, feed-forward, or shell-style patterns of layer names inside a block, such as ('mlp.*',)."
+    keep_zeros: bool | str = "auto"
+    """Whether zeros from an earlier pruning stay zero, in matrices that this call does not prune too: True, False, or auto (where each
+    group of a matrix fits some N:M pattern, or at least 30 % of it are zero). They count towards the sparsity."""
     layer_sparsity: Mapping[str, float] = field(default_factory=dict)
     "Sparsity by shell-style pattern of the full layer name; the first match wins, others take `sparsity`."
     epochs: int = 10
@@ -195,6 +198,7 @@ class PruneConfig:
         else:
             patterns = isinstance(self.layers, tuple) and len(self.layers) > 0 and all(isinstance(p, str) for p in self.layers)
             require(patterns, "layers", self.layers, one_of(LAYERS) + ", or a list of name patterns")
+        require(self.keep_zeros in (True, False, "auto"), "keep_zeros", self.keep_zeros, "True, False or auto")
         require(self.precision in PRECISIONS, "precision", self.precision, one_of(PRECISIONS))
         require(self.target in (None, *STREAMS), "target", self.target, one_of(STREAMS))
         for name in ("reconstruction_input", "statistics_input"):

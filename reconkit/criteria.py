@@ -80,16 +80,47 @@ def _nm_mask(scores: Tensor, nm: tuple[int, int]) -> Tensor:
     return torch.cat([_nm(part, nm[0]).movedim(0, -1).flatten(-2) for part in parts])
 
 
-def magnitude_mask(weight: Tensor, sparsity: float, nm: tuple[int, int] | None = None) -> Tensor:
-    """Keep the largest |W|; the group is the whole matrix, or M along the input for an N:M pattern."""
-    scores = weight.abs()
-    return _nm_mask(scores, nm) if nm else ~lowest(scores.reshape(1, -1), round(sparsity * weight.numel())).reshape(weight.shape)
+SHARE = 0.3  # share of zeros from which a matrix was pruned before; formats of 4 bits bring fewer
+LARGEST_M = 16  # of the N:M patterns that are looked for
 
 
-def wanda_mask(weight: Tensor, statistics: Statistics, sparsity: float, nm: tuple[int, int] | None = None) -> Tensor:
+def pruned_before(weight: Tensor) -> bool:
+    """Whether the zeros of `weight` (out, in) are those of an earlier pruning: at least `SHARE` of the entries, or some in each group of M
+    neighbours for any M up to `LARGEST_M`."""
+    zero = weight == 0
+    share = float(zero.sum()) / max(1, zero.numel())
+    if share >= SHARE:
+        return True
+    sizes = [m for m in range(2, LARGEST_M + 1) if share >= 1 / m]
+    return any(side.shape[1] % m == 0 and bool(side.unflatten(1, (-1, m)).any(-1).all()) for side in (zero, zero.t()) for m in sizes)
+
+
+def _zeros_first(scores: Tensor, zeros: Tensor | None) -> Tensor:
+    """Scores in which the entries that must stay zero are the lowest."""
+    return scores if zeros is None else scores.masked_fill(zeros, -1.0)
+
+
+def _without(mask: Tensor, zeros: Tensor | None) -> Tensor:
+    """The kept entries without those that must stay zero: more of them than asked for all stay zero."""
+    return mask if zeros is None else mask & ~zeros
+
+
+def magnitude_mask(weight: Tensor, sparsity: float, nm: tuple[int, int] | None = None, zeros: Tensor | None = None) -> Tensor:
+    """Keep the largest |W|; the group is the whole matrix, or M along the input for an N:M pattern.
+
+    `zeros` (out, in) are entries that stay zero; they count towards their group's number. So it is in `wanda_mask` and `sparsegpt`.
+    """
+    scores = _zeros_first(weight.abs(), zeros)
+    mask = _nm_mask(scores, nm) if nm else ~lowest(scores.reshape(1, -1), round(sparsity * weight.numel())).reshape(weight.shape)
+    return _without(mask, zeros)
+
+
+def wanda_mask(
+    weight: Tensor, statistics: Statistics, sparsity: float, nm: tuple[int, int] | None = None, zeros: Tensor | None = None
+) -> Tensor:
     """Keep the largest |W| · ‖x‖₂ (Sun et al., 2024); the group is a row, or M along the input for an N:M pattern."""
-    scores = weight.abs() * statistics.square_sum.sqrt().to(weight)
-    return _nm_mask(scores, nm) if nm else ~lowest(scores, round(sparsity * weight.shape[1]))
+    scores = _zeros_first(weight.abs() * statistics.square_sum.sqrt().to(weight), zeros)
+    return _without(_nm_mask(scores, nm) if nm else ~lowest(scores, round(sparsity * weight.shape[1])), zeros)
 
 
 def sparsegpt(
@@ -100,6 +131,7 @@ def sparsegpt(
     *,
     damping: float = 0.01,
     column_block: int = 128,
+    zeros: Sequence[Tensor | None] | None = None,
 ) -> tuple[list[Tensor], list[Tensor], list[str]]:
     """Optimal-brain-surgeon pruning column by column (Frantar and Alistarh, 2023) of layers that read the same input.
 
@@ -115,6 +147,7 @@ def sparsegpt(
         sparsities: one for each matrix.
         damping: added to the Hessian's diagonal, as a share of its mean; raised tenfold as often as the Hessian is not
             positive definite, which the notes then say.
+        zeros: for each matrix the entries (outᵢ, in) that stay zero, or None.
 
     Returns:
         new weights (outᵢ, in) with zeros in place, masks (outᵢ, in), notes.
@@ -127,6 +160,7 @@ def sparsegpt(
     lower /= scale  # row j: R[k, j] / R[j, j]
     sizes = [len(m) for m in weights]
     w = torch.cat(list(weights)).t().contiguous()  # (in, rows of all): a column is contiguous
+    stay = _stacked(weights, zeros)
     changes, kept = torch.empty_like(w), torch.empty_like(w, dtype=torch.bool)  # changes: old minus new
     columns, most = _walk(w.device)
     step = nm[1] if nm else most
@@ -136,18 +170,27 @@ def sparsegpt(
         block = slice(start, stop)
         moves = lower[block, :start] @ changes[:start]  # what the changes so far add to the block's weights
         if nm is None:
-            scores = _scores(w[block], moves, lower[block, block], scale[block])
+            scores = _zeros_first(_scores(w[block], moves, lower[block, block], scale[block]), None if stay is None else stay[block])
             for score, share, mask in zip(scores.split(sizes, 1), sparsities, kept[block].split(sizes, 1), strict=True):
                 group = score.t().reshape(1, -1)
                 mask.copy_(~lowest(group, round(share * group.numel())).view(score.t().shape).t())
+            kept[block] = _without(kept[block], None if stay is None else stay[block])
         for first in range(start, stop, step):
             part = slice(first, min(first + step, stop))
             moved = moves[first - start : part.stop - start].addmm_(lower[part, start:first], changes[start:first])
             if nm:
-                kept[part] = _nm(_scores(w[part], moved, lower[part, part], scale[part]), nm[0])
+                there = None if stay is None else stay[part]
+                kept[part] = _without(_nm(_zeros_first(_scores(w[part], moved, lower[part, part], scale[part]), there), nm[0]), there)
             columns(w[part], kept[part], moved, lower[part, part], changes[part])
     w -= changes
     return [m.t().contiguous() for m in w.split(sizes, 1)], [m.t().contiguous() for m in kept.split(sizes, 1)], notes
+
+
+def _stacked(weights: Sequence[Tensor], zeros: Sequence[Tensor | None] | None) -> Tensor | None:
+    """Entries that stay zero (in, rows of all), None where there are none."""
+    if zeros is None or all(z is None for z in zeros):
+        return None
+    return torch.cat([torch.zeros_like(m, dtype=torch.bool) if z is None else z for m, z in zip(weights, zeros, strict=True)]).t().contiguous()
 
 
 def _scores(w: Tensor, moves: Tensor, lower: Tensor, scale: Tensor) -> Tensor:

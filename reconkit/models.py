@@ -231,8 +231,10 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
     """Write a plain Hugging Face folder, aside first, so that a broken write never looks whole.
 
     Raises:
+        ConfigError: the model holds adapters, whose saving would drop the model beneath.
         FileExistsError: `folder` holds something that is not a model; an earlier model is replaced.
     """
+    check_adapters(model)
     folder = Path(folder)
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").is_file()):
         raise FileExistsError(f"{folder} exists and is not a model; choose an empty or a new folder.")
@@ -254,13 +256,16 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
 
 
 def blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """(name, decoder blocks): the longest ModuleList whose members the model says must not be split.
+    """(name, decoder blocks): the longest ModuleList whose members the model says must not be split, inside its text decoder.
+
+    A multimodal model has a tower for images or sound beside the decoder, which may have more blocks than it.
 
     Raises:
         ConfigError: the model has no such list.
     """
     whole = set(getattr(model, "_no_split_modules", None) or [])
-    lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
+    inside = _decoder_modules(model)
+    lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) and id(m) in inside]
     found = [(n, m) for n, m in lists if {type(b).__name__ for b in m} <= whole]
     if not whole:  # a model that declares nothing: like members, not inside another list
         outer = [(n, m) for n, m in lists if not any(n.startswith(f"{other}.") for other, _ in lists)]
@@ -269,7 +274,21 @@ def blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
         raise ConfigError(
             f"{type(model).__name__} has no list of decoder blocks (looked for {sorted(whole) or 'like modules'}), so it cannot be pruned."
         )
-    return max(found, key=lambda pair: len(pair[1]))
+    asked = getattr(_text_config(model), "num_hidden_layers", None)
+    return max(found, key=lambda pair: (len(pair[1]) == asked, len(pair[1])))
+
+
+def _text_config(model: nn.Module) -> Any:
+    """The configuration of the text decoder; None for a module without one."""
+    config = getattr(model, "config", None)
+    return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+
+
+def _decoder_modules(model: nn.Module) -> set[int]:
+    """Ids of the modules of the text decoder: what `get_decoder` returns, where that holds a list of blocks, else the whole model."""
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    found = decoder if isinstance(decoder, nn.Module) and any(isinstance(m, nn.ModuleList) and len(m) for m in decoder.modules()) else model
+    return {id(m) for m in found.modules()}
 
 
 @dataclass(frozen=True)
@@ -293,6 +312,11 @@ class WeightView:
         return self.stored().t() if self.transposed else self.stored()
 
     @property
+    def expert(self) -> bool:
+        """Whether only a part of the tokens passes through it."""
+        return self.index is not None or re.search(r"experts?\.\d+\.", self.name) is not None
+
+    @property
     def attention(self) -> bool:
         return re.search(r"attn|attention", self.name) is not None
 
@@ -305,25 +329,68 @@ def weight_views(block: nn.Module) -> tuple[list[WeightView], list[str]]:
 
     Views are the weights of Linear and of transformers' Conv1D, and each expert's slice of a three-dimensional
     parameter. Routers, convolutions and other parameters of two or more dimensions are left dense and named.
+
+    Raises:
+        ConfigError: a linear layer computes its weight, from a pruning mask or a parametrisation say.
     """
     from transformers.pytorch_utils import Conv1D
 
     views: list[WeightView] = []
     dense: list[str] = []
     for module_name, module in block.named_modules():
+        if isinstance(module, (nn.Linear, Conv1D)) and "weight" not in module._parameters:
+            raise ConfigError(
+                f"{module_name}.weight is computed by {type(module).__name__} and not a plain parameter; make it one first, with "
+                "torch.nn.utils.prune.remove or torch.nn.utils.parametrize.remove_parametrizations."
+            )
         for name, parameter in module.named_parameters(recurse=False):
             full = f"{module_name}.{name}".removeprefix(".")
             if parameter.ndim < 2:
                 continue
-            if module_name.rsplit(".", 1)[-1] in ROUTERS:
+            if any(part in ROUTERS for part in module_name.split(".")):
                 dense.append(full)
             elif isinstance(module, (nn.Linear, Conv1D)) and name == "weight":
                 views.append(WeightView(module_name, parameter, transposed=isinstance(module, Conv1D)))
-            elif parameter.ndim == 3 and not isinstance(module, nn.Conv1d) and "expert" in full:
+            elif parameter.ndim == 3 and not isinstance(module, nn.Conv1d) and "expert" in f"{full} {type(module).__name__}".lower():
                 views += [WeightView(f"{full}.{i}", parameter, i) for i in range(len(parameter))]
             else:
                 dense.append(full)
     return views, dense
+
+
+def check_adapters(model: nn.Module) -> None:
+    """Refuse a model with adapters: their matrices would be pruned as weights, and merging would fill the zeros again.
+
+    Raises:
+        ConfigError: the model holds PEFT adapters; the message says how to merge them.
+    """
+    found = next((name for name, m in model.named_modules() if type(m).__module__.split(".")[0] == "peft"), None)
+    if found is None:
+        return
+    if hasattr(model, "merge_and_unload"):
+        way = "merge them first: model = model.merge_and_unload()"
+    elif hasattr(model, "peft_config"):
+        way = "prompts cannot be merged; take the model beneath: model = model.get_base_model()"
+    else:
+        way = "save them, and merge them first: peft.PeftModel.from_pretrained(base_model, folder).merge_and_unload()"
+    raise ConfigError(f"The model holds PEFT adapters ({found or type(model).__name__}), which cannot be pruned; {way}.")
+
+
+def check_shared(model: nn.Module, prefix: str, layers: nn.ModuleList) -> None:
+    """Refuse blocks that share a parameter with each other or with the rest of the model: what prunes one changes another.
+
+    Raises:
+        ConfigError: a shared parameter, by both of its names.
+    """
+    places: dict[int, tuple[str, str]] = {}  # id → (name, block or "")
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        block = name.removeprefix(f"{prefix}.").split(".")[0] if name.startswith(f"{prefix}.") else ""
+        first, owner = places.setdefault(id(parameter), (name, block))
+        if owner != block:
+            raise ConfigError(
+                f"{first} and {name} are one parameter, so pruning one block would change another part of the model; "
+                f"{type(model).__name__} cannot be pruned block by block."
+            )
 
 
 def _first_line(error: BaseException) -> str:

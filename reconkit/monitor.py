@@ -38,7 +38,8 @@ def _is(state: dict[str, Any], run: str) -> bool:
 
 
 def course(state: dict[str, Any]) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
-    """What a running walk has measured so far: errors (block, source, mse, nmse, token_nmse, token_nmse_90), training (window, epoch, source, loss), and what it said."""
+    """What a running pruning has measured so far: errors (block, source, mse, nmse, token_nmse, token_nmse_90), training (window,
+    epoch, source, loss), and its warnings."""
     rows: dict[str, list[Any]] = {"errors": [], "training": [], "said": []}
     try:
         text = progress.log(state["pid"]).read_text(encoding="utf-8")

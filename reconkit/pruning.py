@@ -27,10 +27,10 @@ from torch import Tensor, nn
 from . import cost, criteria, offload, overfit, parallel
 from .checkpoint import Checkpoint
 from .config import ConfigError, PruneConfig, nm_pattern
-from .models import WeightView, blocks, weight_views
+from .models import WeightView, blocks, check_adapters, check_shared, weight_views
 from .progress import Progress
 from .reconstruct import reconstruct, resolve_precision
-from .streams import Errors, InputTap, Runner, error, room, store
+from .streams import Errors, InputTap, Runner, error, finite_advice, room, store
 
 STREAMS = 4  # of the samples' size at once, at most: dense, sparse, target, and what is advanced
 FEW_TOKENS = 2  # an expert needs this many tokens per input column, else its mask is by magnitude
@@ -165,6 +165,7 @@ def _walk(
 ) -> tuple[Walk, Found]:
     runner = Runner(model, layers)
     found = find(runner, sources["calibration"][: config.batch_size], config)
+    runner.check(_probes(sources))
     plan = windows(len(layers), config.window_blocks, config.overlap_blocks)
     saved = parallel.at_main(lambda: Checkpoint.open(folder, model, sources, config)) if folder is not None else None
     last = parallel.at_main(saved.last) if saved else None
@@ -208,6 +209,13 @@ def _walk(
         _advance(runner, walk, len(layers), config, found, ahead)
         _say(live, walk, bar)
     return walk, found
+
+
+def _probes(sources: Mapping[str, Tensor]) -> list[Tensor]:
+    """Batches (at most 2, T) on which the recorded blocks are compared with the model: two of the calibration, one of each other length."""
+    samples = sources["calibration"]
+    lengths = {ids.shape[1]: ids[:2] for ids in sources.values() if ids.shape[1] != samples.shape[1]}
+    return [samples[:2], samples[-2:].flip(1), *lengths.values()]  # turned round, so that it differs from the first whatever there is
 
 
 def _is_out_of_memory(error: Exception) -> bool:
@@ -319,18 +327,25 @@ def _advance(runner: Runner, walk: Walk, position: int, config: PruneConfig, fou
         for source, states in walk.sparse.items():
             known = ahead.pop(source, None)
             walk.sparse = {**walk.sparse, source: runner.advance([i], states, config.batch_size, in_place=True) if known is None else known}
-            found_error = error(walk.dense[i + 1][source], walk.sparse[source])
-            if not math.isfinite(found_error.mse):
-                raise FloatingPointError(f"The error of block {i} on {source} is {found_error.mse}; load the model in float32, or look at the samples.")
-            walk.errors.append((i, source, *found_error))
+            measured = error(walk.dense[i + 1][source], walk.sparse[source])
+            if not math.isfinite(measured.mse):
+                raise FloatingPointError(f"The error of block {i} on {source} is {measured.mse}; {finite_advice(runner.dtype)}.")
+            walk.errors.append((i, source, *measured))
         walk.dense.pop(i, None)
-        for view in found.views[i]:
-            walk.masks.pop(f"{i}.{view.name}", None)
+        walk.masks = {name: mask for name, mask in walk.masks.items() if not name.startswith(f"{i}.")}
+        _check_pattern(found, i, nm_pattern(config.pattern))
         walk.seen += sum(int((v.get() == 0).sum()) for v in found.views[i])
         walk.left.append(sum(int((p != 0).sum()) for p in runner.blocks[i].parameters()))
         walk.position = i + 1
         if runner.offload:
             runner.offload.finish(i)
+
+
+def _check_pattern(found: Found, index: int, nm: tuple[int, int] | None) -> None:
+    """Each group of M inputs of a finished block's pruned matrices has at most N weights left."""
+    for view in found.views[index]:
+        if nm and view.name in found.chosen and int((view.get() != 0).unflatten(1, (-1, nm[1])).sum(-1).max()) > nm[0]:
+            raise RuntimeError(f"{found.full_name(index, view)} is not {nm[0]}:{nm[1]} along its inputs; this is a bug.")
 
 
 def _hold(runner: Runner, index: int) -> None:
@@ -402,7 +417,7 @@ def _train(
     inputs = walk.dense[window.start] if config.reconstruction_input == "dense" else walk.sparse
     pairs = {source: (inputs[source], targets[source]) for source in inputs}
     modules = [runner.blocks[i] for i in window]
-    masks = _parameter_masks(found, walk, window)
+    masks = _parameter_masks(runner, found, walk, window)
     dtypes = [(t, t.dtype) for m in modules for t in (*m.parameters(), *m.buffers())]
     _prepare(runner, inputs, config)
     for module in modules:
@@ -463,16 +478,16 @@ def _prune_block(runner: Runner, walk: Walk, window: range, index: int, config: 
     statistics = _statistics(runner, walk, window, index, groups, config, passed) if config.criterion != "magnitude" else {}
     for group in groups:
         sparsities = [config.sparsity_of(found.full_name(index, v)) for v in group]
-        weights = [v.get() for v in group]
+        weights, zeros = [v.get() for v in group], [found.zeros(index, v) for v in group]
         seen = statistics.get(group[0].name)
-        few = seen is not None and group[0].index is not None and seen.count < FEW_TOKENS * weights[0].shape[1]
+        few = seen is not None and group[0].expert and seen.count < FEW_TOKENS * weights[0].shape[1]
         if config.criterion == "magnitude" or few:
-            masks = [criteria.magnitude_mask(w.float(), s, nm) for w, s in zip(weights, sparsities, strict=True)]
+            masks = [criteria.magnitude_mask(w.float(), s, nm, z) for w, s, z in zip(weights, sparsities, zeros, strict=True)]
         elif config.criterion == "wanda":
-            masks = [criteria.wanda_mask(w.float(), seen, s, nm) for w, s in zip(weights, sparsities, strict=True)]
+            masks = [criteria.wanda_mask(w.float(), seen, s, nm, z) for w, s, z in zip(weights, sparsities, zeros, strict=True)]
         else:
             new, masks, notes = criteria.sparsegpt(
-                [w.float() for w in weights], seen, sparsities, nm, damping=config.damping, column_block=config.column_block
+                [w.float() for w in weights], seen, sparsities, nm, damping=config.damping, column_block=config.column_block, zeros=zeros
             )
             walk.notes += [f"Block {index}, {', '.join(v.name for v in group)}: {note}" for note in notes]
             for w, value in zip(weights, new, strict=True):
@@ -484,6 +499,19 @@ def _prune_block(runner: Runner, walk: Walk, window: range, index: int, config: 
             w.mul_(mask.view(torch.uint8)).add_(0)  # the sum makes plain zeros of minus zeros
             walk.masks[f"{index}.{view.name}"] = mask
             walk.zeros += mask.numel() - int(mask.count_nonzero())
+    _keep_zeros(runner, walk, index, found)
+
+
+def _keep_zeros(runner: Runner, walk: Walk, index: int, found: Found) -> None:
+    """Masks for the zeros of an earlier pruning in matrices that this call does not prune."""
+    views = {f"{index}.{v.name}": v for v in found.views[index]}
+    for name in found.kept - walk.masks.keys():
+        if not name.startswith(f"{index}."):
+            continue
+        view = views.get(name)
+        walk.masks[name] = (runner.blocks[index].get_parameter(name.partition(".")[2]) if view is None else view.get()) != 0
+        if view is not None:
+            walk.zeros += int((~walk.masks[name]).sum())
 
 
 def _statistics(
@@ -532,74 +560,171 @@ class Found:
     groups: list[list[list[WeightView]]]
     chosen: set[str]
     notes: list[str]
+    kept: set[str]
+    "Names (with block) of the matrices whose zeros stay zero."
 
     def full_name(self, index: int, view: WeightView) -> str:
         return f"{self.prefix}.{index}.{view.name}"
+
+    def zeros(self, index: int, view: WeightView) -> Tensor | None:
+        """The entries (out, in) that stay zero, None where all may change."""
+        return view.get() == 0 if f"{index}.{view.name}" in self.kept else None
+
+
+class _Seen:
+    """What one forward of the model shows: which matrices are used, how they lie in memory, and which of them read the same input."""
+
+    def __init__(self, per_block: list[list[WeightView]]) -> None:
+        self.per_block = per_block
+        self.groups: list[list[list[WeightView]]] = [[] for _ in per_block]
+        self.straight: dict[int, bool] = {}
+        "id(parameter) → stored as (out, in)."
+        self._owner = {id(v): i for i, views in enumerate(per_block) for v in views}
+        self._alive: list[tuple[Tensor, list[WeightView]]] = []  # inputs of the running block and their readers; all blocks' would take gigabytes
+        self._running = -1
+        self._used: set[int] = set()
+        self._alone: set[int] = set()
+
+    def product(self, view: WeightView, x: Tensor, as_stored: bool) -> None:
+        self.straight[id(view.parameter)] = as_stored
+        block = self._owner[id(view)]
+        if block != self._running:
+            self._alive.clear()
+            self._running = block
+        group = next((g for known, g in self._alive if known is x), None)
+        if group is not None and view in group:
+            return
+        if id(view) in self._used:  # it reads several inputs: its statistics are the sums over all of them, and nobody else's
+            self._alone.add(id(view))
+            return
+        self._used.add(id(view))
+        if group is None:
+            group = []
+            self._alive.append((x, group))
+            self.groups[block].append(group)
+        group.append(view)
+
+    def used(self, view: WeightView) -> bool:
+        return id(view) in self._used
+
+    def known(self, view: WeightView) -> bool:
+        """Whether it is known how the matrix lies in memory: a linear layer's by its type, an expert's by a product."""
+        return view.index is None or id(view.parameter) in self.straight
+
+    def turned(self, view: WeightView) -> WeightView:
+        """The view as (out, in), as the products show it."""
+        return view if self.straight.get(id(view.parameter), not view.transposed) != view.transposed else view.turned()
+
+    def readers(self, index: int) -> list[list[WeightView]]:
+        """The matrices of a block, those that read one tensor together."""
+        together = [[v for v in group if id(v) not in self._alone] for group in self.groups[index]]
+        alone = [[v] for v in self.per_block[index] if not self.used(v) or id(v) in self._alone]
+        return [[self.turned(v) for v in group] for group in [*together, *alone] if group]
+
+    def learn_experts(self) -> None:
+        """Give experts that got no token the layout of those with the same name in other blocks."""
+        by_name = {_expert_name(v): self.straight[id(v.parameter)] for row in self.per_block for v in row if v.index is not None and self.known(v)}
+        for row in self.per_block:
+            for v in row:
+                if not self.known(v) and _expert_name(v) in by_name:
+                    self.straight[id(v.parameter)] = by_name[_expert_name(v)]
+
+
+def _expert_name(view: WeightView) -> str:
+    return view.name.rpartition(".")[0]
 
 
 def find(runner: Runner, ids: Tensor, config: PruneConfig) -> Found:
     """Watch one forward of the model: which matrices are used, how they are laid out and which share an input.
 
     Raises:
-        ConfigError: a matrix whose product is not seen, so that no statistics could be had for it; a sparsity pattern
-            that does not divide a matrix; a pattern of `layers` or `layer_sparsity` that matches no matrix.
+        ConfigError: a chosen matrix that cannot be pruned so: its product is not seen, so that no statistics could be had for it, or
+            its layout is not known; a sparsity pattern that does not divide a matrix; a pattern of `layers` or `layer_sparsity` that
+            matches no matrix; parameters that two blocks share.
+        FloatingPointError: a weight is NaN or infinite.
     """
     name, per_block, dense = blocks(runner.model)[0], [], set()
+    check_shared(runner.model, name, runner.blocks)
     for block in runner.blocks:
         views, left = weight_views(block)
         per_block.append(views)
         dense |= set(left)
     _check_patterns(name, per_block, config)
-    owner = {id(v): i for i, views in enumerate(per_block) for v in views}
-    readers: list[list[list[WeightView]]] = [[] for _ in per_block]
-    alive: list[tuple[Tensor, list[WeightView]]] = []  # inputs of the running block and their readers; all blocks' would take gigabytes
-    running = -1
-    straight: dict[int, bool] = {}
+    seen, kept = _Seen(per_block), {}
+    tap = InputTap((), seen.product)
 
-    def seen(view: WeightView, x: Tensor, as_stored: bool) -> None:
-        nonlocal running
-        straight[id(view.parameter)] = as_stored
-        block = owner[id(view)]
-        if block != running:
-            alive.clear()
-            running = block
-        group = next((g for known, g in alive if known is x), None)
-        if group is None:
-            group = []
-            alive.append((x, group))
-            readers[block].append(group)
-        if view not in group:
-            group.append(view)
+    def entered(index: int, block: nn.Module) -> None:
+        _check_finite(index, block)
+        kept.update(_zeros_kept(index, block, per_block[index], config))
+        tap.watch(per_block[index])
 
-    tap = InputTap((), seen)
-    handles = [b.register_forward_pre_hook(lambda _, __, views=views: tap.watch(views)) for b, views in zip(runner.blocks, per_block, strict=True)]
+    handles = [b.register_forward_pre_hook(lambda m, _, i=i: entered(i, m)) for i, b in enumerate(runner.blocks)]
     try:
         runner.record(ids, tap)
     finally:
         for handle in handles:
             handle.remove()
-    views = [[v if straight.get(id(v.parameter), not v.transposed) != v.transposed else v.turned() for v in row] for row in per_block]
-    groups = []
-    for i, row in enumerate(views):
-        by_name = {v.name: v for v in row}
-        known = [[by_name[v.name] for v in group] for group in readers[i]]
-        used = {v.name for group in known for v in group}
-        for v in row:
-            if v.name not in used and v.index is None:
-                raise ConfigError(f"{name}.{i}.{v.name} is not used as a plain matrix product, so it has no statistics; exclude it through `layers`.")
-        groups.append(known + [[v] for v in row if v.name not in used])
+    seen.learn_experts()
+    views = [[seen.turned(v) for v in row] for row in per_block]
     chosen = {v.name for row in views for v in row if _wanted(v, config)}
     if not chosen:
         raise ConfigError(f"layers is {config.layers!r}, which matches none of: {', '.join(sorted({v.name for row in views for v in row})[:12])}.")
-    nm = nm_pattern(config.pattern)
+    _check_chosen(name, seen, chosen, config)
+    _check_divides(name, views, chosen, nm_pattern(config.pattern))
+    notes = [f"Left dense inside the blocks: {', '.join(sorted(dense))}."] if dense else []
+    if kept:
+        zeros, entries = (sum(values) for values in zip(*kept.values(), strict=True))
+        notes.append(
+            f"Zeros of an earlier pruning stay zero in {len(kept)} matrices ({zeros / entries:.1%} of their entries), such as "
+            f"{next(iter(kept))}; keep_zeros=False lets them change."
+        )
+    return Found(name, views, [seen.readers(i) for i in range(len(views))], chosen, notes, set(kept))
+
+
+def _check_finite(index: int, block: nn.Module) -> None:
+    for name, p in block.named_parameters():
+        if not bool(torch.isfinite(p).all()):
+            raise FloatingPointError(f"The weight {name} of block {index} holds NaN or infinity before anything is pruned; load another copy.")
+
+
+def _zeros_kept(index: int, block: nn.Module, views: list[WeightView], config: PruneConfig) -> dict[str, tuple[int, int]]:
+    """Name → (zeros, entries) of the matrices of a block whose zeros stay zero, pruned by this call or not."""
+    if config.keep_zeros is False:
+        return {}
+    held = {id(v.parameter) for v in views}
+    matrices = {v.name: v.get() for v in views} | {n: p.detach().flatten(1) for n, p in block.named_parameters() if p.ndim > 1 and id(p) not in held}
+    found = {}
+    for name, matrix in matrices.items():
+        zeros = int((matrix == 0).sum())
+        if zeros and (config.keep_zeros is True or criteria.pruned_before(matrix)):
+            found[f"{index}.{name}"] = zeros, matrix.numel()
+    return found
+
+
+def _check_chosen(prefix: str, seen: _Seen, chosen: set[str], config: PruneConfig) -> None:
+    """Each chosen matrix has what its criterion needs: inputs, or at least a known layout."""
+    statistics, pattern = config.criterion != "magnitude", nm_pattern(config.pattern)
+
+    def usable(view: WeightView) -> bool:
+        if statistics:
+            return seen.known(view) and (seen.used(view) or view.expert)
+        return pattern is None or seen.known(view)
+
+    refused = [(i, v) for i, row in enumerate(seen.per_block) for v in row if v.name in chosen and not usable(v)]
+    if refused:
+        index, view = refused[0]
+        others = sorted(chosen - {v.name for _, v in refused})
+        way = f"prune the others, layers={tuple(others)!r}" if others else "no other matrix can be pruned so"
+        lacks = f"{config.criterion} has no inputs to choose by" if statistics else f"{config.pattern} cannot be laid along its inputs"
+        raise ConfigError(f"{prefix}.{index}.{view.name} is not used in a matrix product that can be watched, so {lacks}; {way}.")
+
+
+def _check_divides(prefix: str, views: list[list[WeightView]], chosen: set[str], nm: tuple[int, int] | None) -> None:
     for i, row in enumerate(views):
         for v in row:
             if nm and v.name in chosen and v.get().shape[1] % nm[1]:
-                raise ConfigError(
-                    f"pattern is {config.pattern!r}, but {name}.{i}.{v.name} has {v.get().shape[1]} inputs, which {nm[1]} does not divide."
-                )
-    notes = [f"Left dense inside the blocks: {', '.join(sorted(dense))}."] if dense else []
-    return Found(name, views, groups, chosen, notes)
+                columns = f"{v.get().shape[1]} inputs, which {nm[1]} does not divide"
+                raise ConfigError(f"pattern is '{nm[0]}:{nm[1]}', but {prefix}.{i}.{v.name} has {columns}.")
 
 
 def _check_patterns(prefix: str, per_block: list[list[WeightView]], config: PruneConfig) -> None:
@@ -619,13 +744,17 @@ def _wanted(view: WeightView, config: PruneConfig) -> bool:
     return config.layers == "all" or view.attention == (config.layers == "attention")
 
 
-def _parameter_masks(found: Found, walk: Walk, window: range) -> dict[nn.Parameter, Tensor]:
-    """Masks in the layout of the parameters that hold the views."""
+def _parameter_masks(runner: Runner, found: Found, walk: Walk, window: range) -> dict[nn.Parameter, Tensor]:
+    """Masks in the layout of the parameters that hold the matrices."""
     masks: dict[nn.Parameter, Tensor] = {}
     for i in window:
-        for view in found.views[i]:
-            mask = walk.masks.get(f"{i}.{view.name}")
-            if mask is None:
+        views = {f"{i}.{v.name}": v for v in found.views[i]}
+        for name, mask in walk.masks.items():
+            if not name.startswith(f"{i}."):
+                continue
+            view = views.get(name)
+            if view is None:
+                masks[runner.blocks[i].get_parameter(name.partition(".")[2])] = mask
                 continue
             mask = mask.t() if view.transposed else mask
             if view.index is None:
@@ -645,6 +774,11 @@ def _verify(layers: nn.ModuleList, walk: Walk) -> None:
 
 
 def _check(model: nn.Module, samples: Tensor, config: PruneConfig, extra: Tensor | None, held_out: Mapping[str, Tensor] | None) -> None:
+    if not isinstance(config, PruneConfig):
+        raise ConfigError(f"config is a {type(config).__name__}; it must be a PruneConfig, such as rk.PruneConfig(**values).")
+    if held_out is not None and not isinstance(held_out, Mapping):
+        raise ConfigError(f'held_out is a {type(held_out).__name__}; it must be a mapping of names to samples, such as {{"wiki": samples}}.')
+    check_adapters(model)
     vocabulary = model.get_input_embeddings().num_embeddings
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     for name, ids in {"samples": samples, "extra": extra, **{f"held_out[{k}]": v for k, v in (held_out or {}).items()}}.items():

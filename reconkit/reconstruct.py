@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint as recomputed
 from . import parallel
 from .assets import cache_dir
 from .config import ConfigError, PruneConfig
-from .streams import fetched
+from .streams import fetched, finite_advice
 
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 FASTER = 1.3  # bf16 must beat fp32 by this much to be chosen on a CPU
@@ -103,7 +103,8 @@ def reconstruct(
         return float(parallel.add(losses).sum()) / len(inputs)
 
     result = Trained([(0, name, loss_of(*pair)) for name, pair in {**training, **held_out}.items()])
-    _finite(result.losses, where)
+    stored = next(iter(training.values()))[0].dtype
+    _finite(result.losses, where, precision, stored)
     best, best_state, done, epoch = math.inf, None, 0, 0
     if config.early_stopping is not None:  # training that never helps leaves the weights as they were
         best = sum(loss for _, name, loss in result.losses if name in held_out) / len(held_out)
@@ -143,7 +144,7 @@ def reconstruct(
         totals = parallel.add(torch.stack([total_loss for total_loss, _ in sums.values()])).tolist()
         rows = [(epoch, name, total_loss / n) for total_loss, (name, (_, n)) in zip(totals, sums.items(), strict=True) if n]
         rows += [(epoch, name, loss_of(*pair)) for name, pair in held_out.items()]
-        _finite(rows, where)
+        _finite(rows, where, precision, stored)
         result.losses += rows
         if on_epoch:
             on_epoch(epoch, math.ceil(total / per_epoch), rows)
@@ -178,10 +179,17 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[obj
     return nullcontext() if precision == "fp32" else torch.autocast(device.type, HALF[precision])
 
 
-def _finite(rows: Sequence[tuple[int, str, float]], where: str) -> None:
+def _finite(rows: Sequence[tuple[int, str, float]], where: str, precision: str, dtype: torch.dtype) -> None:
+    """Raise where a loss is not finite, with advice that fits: before the first step the learning rate is not the cause."""
     for epoch, source, loss in rows:
-        if not math.isfinite(loss):
-            raise FloatingPointError(f"The loss on {source} of {where} is {loss} in epoch {epoch}; lower learning_rate, or use precision fp32.")
+        if math.isfinite(loss):
+            continue
+        ways = ["use precision bf16 or fp32"] if precision == "fp16" else []
+        if epoch:
+            ways.append("lower learning_rate")
+        elif dtype == torch.float16 or not ways:
+            ways.append(finite_advice(dtype))
+        raise FloatingPointError(f"The loss on {source} of {where} is {loss} in epoch {epoch}; {', and '.join(ways)}.")
 
 
 def _seed(*parts: int) -> int:

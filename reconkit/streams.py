@@ -22,9 +22,12 @@ from transformers.cache_utils import Cache
 
 from . import offload, parallel
 from .assets import cache_dir
+from .config import ConfigError
 from .models import WeightView
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
+SAME = {torch.float32: 1e-8, torch.float64: 1e-8}  # NMSE below which two hidden states are the same
+SAME_HALF = 1e-3
 
 
 class Runner:
@@ -36,25 +39,115 @@ class Runner:
 
     def __init__(self, model: nn.Module, blocks: nn.ModuleList) -> None:
         self.model, self.blocks, self.offload = model, blocks, offload.of(model)
-        self._tuples: bool | None = None
+        self._rest: tuple[Any, ...] | None = None
+        self._probed = False
         self._calls: dict[tuple[int, int], list[Call]] = {}
+        self._example: Tensor | None = None
+        "Real tokens (B, T), from which samples of other sizes are made."
 
     def record(self, ids: Tensor, tap: InputTap | None = None) -> None:
-        """Record the calls for the batch size and length of `ids` (B, T); `tap` sees the products meanwhile."""
-        calls: list[Call] = []
+        """Record the calls for the batch size and length of `ids` (B, T); `tap` sees the products meanwhile.
+
+        Raises:
+            ConfigError: the model does not call each block once, in order, with hidden states (B, T, H).
+        """
+        calls: list[tuple[int, Call]] = []
+
+        def called(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._hidden(args, kwargs, ids)
+            calls.append((index, _without_states(args, kwargs)))
+
+        self._example = ids if self._example is None else self._example
         if self.offload and tap is None:
-            self._return_tuples()  # before anything counts the calls
-        handles = [block.register_forward_pre_hook(lambda _, a, k: calls.append(_without_states(a, k)), with_kwargs=True) for block in self.blocks]
+            self._probe()  # before anything counts the calls
+        handles = [
+            block.register_forward_pre_hook(lambda _, a, k, i=i: called(i, a, k), with_kwargs=True) for i, block in enumerate(self.blocks)
+        ]
         try:  # blocks on disk are read for nothing but a tap
             with torch.no_grad(), tap or (self._skipped() if self.offload else _nothing()):
                 self._forward(ids)
+        except (AttributeError, TypeError) as error:
+            if not self._rest:
+                raise
+            raise ConfigError(f"{self._name} computes with what its blocks return besides hidden states; load the model whole.") from error
         finally:
             for handle in handles:
                 handle.remove()
-        if len(calls) != len(self.blocks):
-            raise RuntimeError(f"The model called its {len(self.blocks)} blocks {len(calls)} times in one forward, so they cannot be run one by one.")
+        if [index for index, _ in calls] != [*range(len(self.blocks))]:
+            order = ", ".join(str(index) for index, _ in calls[:12])
+            raise ConfigError(
+                f"{self._name} has {len(self.blocks)} blocks and calls them in the order {order or 'none'}, not each once and in order, "
+                "so it cannot be pruned block by block."
+            )
         known: dict[int, Tensor] = {}
-        self._calls[tuple(ids.shape)] = [(_once(a, known), _once(k, known)) for a, k in calls]
+        self._calls[tuple(ids.shape)] = [(_once(a, known), _once(k, known)) for _, (a, k) in calls]
+
+    @property
+    def _name(self) -> str:
+        return type(self.model).__name__
+
+    def _hidden(self, args: tuple[Any, ...], kwargs: dict[str, Any], ids: Tensor) -> Tensor:
+        """The hidden states among a block's arguments.
+
+        Raises:
+            ConfigError: they are not one tensor (B, T, H).
+        """
+        hidden = args[0] if args else kwargs.get("hidden_states")
+        if not isinstance(hidden, Tensor) or hidden.ndim != 3 or hidden.shape[:2] != ids.shape:
+            found = f"of shape {tuple(hidden.shape)}" if isinstance(hidden, Tensor) else "not a tensor"
+            raise ConfigError(
+                f"The hidden states between the blocks of {self._name} are {found}, and not (samples, tokens, hidden), here "
+                f"({ids.shape[0]}, {ids.shape[1]}, hidden), so it cannot be pruned block by block."
+            )
+        return hidden
+
+    def check(self, batches: Iterable[Tensor]) -> None:
+        """Compare the recorded blocks with the model itself, block by block, on each batch (B, T) of token ids.
+
+        A family whose block arguments depend on the tokens, or that computes something between its blocks, is found here before any work.
+
+        Raises:
+            ConfigError: a block gives other hidden states than inside the model; the message names the block.
+            FloatingPointError: a block of the dense model gives NaN or infinity.
+        """
+        for ids in batches:
+            self.prepare([len(ids)], ids.shape[1])
+            self._check(ids, self._calls[tuple(ids.shape)])
+
+    @torch.no_grad()
+    def _check(self, ids: Tensor, calls: Sequence[Call]) -> None:
+        tolerance = SAME.get(self.dtype, SAME_HALF)
+        before: list[Tensor] = []  # what the block before returned
+        replayed: list[Tensor] = []
+
+        def enters(index: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            hidden = self._hidden(args, kwargs, ids)
+            if before and not distance(before.pop(), hidden) <= tolerance:
+                raise ConfigError(
+                    f"{self._name} does more between blocks {index - 1} and {index} than hand on the hidden states, "
+                    "so it cannot be pruned block by block."
+                )
+            replayed[:] = [_first(block.forward(hidden, *calls[index][0], **calls[index][1]))]
+            replayed.append(_differing(calls[index], _without_states(args, kwargs)))
+
+        def leaves(index: int, out: Any) -> None:
+            out = _first(out)
+            if not torch.isfinite(out).all():
+                raise FloatingPointError(f"Block {index} of the dense model gives NaN or infinity; {finite_advice(self.dtype)}.")
+            if not distance(out, replayed[0]) <= tolerance:
+                raise ConfigError(
+                    f"Block {index} of {self._name} gives other hidden states inside the model than when it is called by itself"
+                    f"{replayed[1]}, so it cannot be pruned block by block."
+                )
+            before[:] = [out]
+
+        handles = [b.register_forward_pre_hook(lambda m, a, k, i=i: enters(i, m, a, k), with_kwargs=True) for i, b in enumerate(self.blocks)]
+        handles += [b.register_forward_hook(lambda _, __, out, i=i: leaves(i, out)) for i, b in enumerate(self.blocks)]
+        try:
+            self._forward(ids)
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def _forward(self, ids: Tensor) -> None:
         base = self.model.base_model if hasattr(self.model, "base_model") else self.model
@@ -65,7 +158,7 @@ class Runner:
         states: list[Tensor] = []
 
         def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            states.append(args[0] if args else kwargs["hidden_states"])
+            states.append(self._hidden(args, kwargs, batch))
             raise _Reached
 
         handle = self.blocks[0].register_forward_pre_hook(stop, with_kwargs=True, prepend=True)
@@ -89,12 +182,12 @@ class Runner:
     @contextmanager
     def _skipped(self, result: Tensor | None = None) -> Iterator[None]:
         """The blocks compute nothing: they hand on what they get, and the last one `result`, in the form that the model expects of them."""
-        tuples = self._return_tuples()
+        rest = self._probe()
 
         def passing(given: Tensor | None) -> Callable[..., Any]:
             def forward(hidden_states: Tensor, *_: Any, **__: Any) -> Any:
                 out = hidden_states if given is None else given
-                return (out,) if tuples else out
+                return out if rest is None else (out, *rest)
 
             return forward
 
@@ -110,13 +203,12 @@ class Runner:
             if self.offload:
                 self.offload.asleep = False
 
-    def _return_tuples(self) -> bool:
-        """Whether a block returns a tuple; asked once, on two made-up tokens.
+    def _probe(self) -> tuple[Any, ...] | None:
+        """What stands for the values that a block returns besides its hidden states; None where it returns a plain tensor.
 
-        Raises:
-            RuntimeError: it returns more than hidden states, which the model may need.
+        Such values, attention weights say, are for those who ask for them. `check` finds a model that computes with them.
         """
-        if self._tuples is None:
+        if not self._probed:
             seen: list[Any] = []
 
             def stop(_: nn.Module, __: tuple[Any, ...], out: Any) -> None:
@@ -131,17 +223,22 @@ class Runner:
                 pass
             finally:
                 handle.remove()
-            if not isinstance(seen[0], Tensor) and len(seen[0]) > 1:
-                raise RuntimeError(f"A block returns {len(seen[0])} values, so it cannot be skipped; load the model whole.")
-            self._tuples = not isinstance(seen[0], Tensor)
-        return self._tuples
+            out = seen[0]
+            self._rest, self._probed = None if isinstance(out, Tensor) else (None,) * (len(out) - 1), True
+        return self._rest
 
     def prepare(self, batch_sizes: Iterable[int], length: int) -> None:
         """Record the calls for batches of these sizes, where they are not known yet; the model must be in its own dtype."""
         for size in batch_sizes:
             if (size, length) not in self._calls:
-                with torch._C.DisableTorchFunction():  # a tap around this must not see the made-up tokens
-                    self.record(torch.zeros(size, length, dtype=torch.long))
+                with torch._C.DisableTorchFunction():  # a tap around this must not see these tokens
+                    self.record(self._tokens(size, length))
+
+    def _tokens(self, size: int, length: int) -> Tensor:
+        """Tokens (size, length), real ones over and over again where there are any: padding would be masked by some families."""
+        if self._example is None:
+            return torch.zeros(size, length, dtype=torch.long)
+        return torch.from_numpy(np.resize(self._example.cpu().numpy(), (size, length)))
 
     def call(self, index: int, hidden: Tensor, block: nn.Module | None = None) -> Tensor:
         """Block `index` on `hidden` (B, T, H) → (B, T, H); `block` stands in for it, such as its dense copy."""
@@ -150,8 +247,7 @@ class Runner:
         args, kwargs = self._calls[shape][index]
         if hidden.dtype != self.dtype:  # a window trains in fp32 inside a half-precision model
             args, kwargs = _cast(args, hidden.dtype), _cast(kwargs, hidden.dtype)
-        out = (block if block is not None else self.blocks[index])(hidden, *args, **kwargs)
-        return out if isinstance(out, Tensor) else out[0]
+        return _first((block if block is not None else self.blocks[index])(hidden, *args, **kwargs))
 
     def through(self, indices: Iterable[int], hidden: Tensor, stand_in: dict[int, nn.Module] | None = None) -> Tensor:
         """`hidden` (B, T, H) through several blocks in order."""
@@ -195,16 +291,26 @@ class Runner:
         return next(self.model.parameters()).dtype
 
 
+PRODUCTS: dict[Any, tuple[str, ...]] = {
+    torch.nn.functional.linear: ("input", "weight"),
+    **dict.fromkeys((torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__), ("input", "other")),
+    **dict.fromkeys((torch.mm, torch.bmm, torch.Tensor.mm, torch.Tensor.bmm), ("input", "mat2")),
+    **dict.fromkeys((torch.addmm, torch.Tensor.addmm), ("added", "mat1", "mat2")),
+    **dict.fromkeys((torch.baddbmm, torch.Tensor.baddbmm), ("added", "batch1", "batch2")),
+}
+"Matrix products, with the names of their arguments in order; the last two are the factors."
+
+
 class InputTap(TorchFunctionMode):
     """Shows every matrix product with a watched weight: `seen(view, input, straight)` before it is computed.
 
-    `straight` says that the weight is stored as (out, in).
+    `straight` says that the weight is stored as (out, in). `input` is (..., in).
 
     A product is recognised by the memory of its weight, so Linear, Conv1D and slices of expert parameters need no code
-    of their own, and layers that read one tensor are seen to read the same object.
+    of their own, and layers that read one tensor are seen to read the same object. The weight may be the left or the right
+    factor. In a batched product (experts, tokens, in) × (experts, in, out) each expert's slice is a product of its own, without
+    the tokens that are zero because they went to other experts.
     """
-
-    SECOND = (torch.nn.functional.linear, torch.matmul, torch.mm, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.Tensor.mm)
 
     def __init__(self, views: Iterable[WeightView], seen: Callable[[WeightView, Tensor, bool], None]) -> None:
         super().__init__()
@@ -216,13 +322,31 @@ class InputTap(TorchFunctionMode):
         self.views = {v.get().data_ptr(): v for v in views}
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
-        place = 1 if func in self.SECOND else 2 if func is torch.addmm else None
-        if place is not None and len(args) > place and isinstance(args[place], Tensor):
-            view = self.views.get(args[place].data_ptr())
-            if view is not None and args[place].ndim == 2:
-                used = args[place] if func is torch.nn.functional.linear else args[place].t()  # (out, in)
-                self.seen(view, args[place - 1], used.stride() == view.stored().stride())
+        if names := PRODUCTS.get(func):
+            given = {**dict(zip(names, args, strict=False)), **(kwargs or {})}
+            left, right = given.get(names[-2]), given.get(names[-1])
+            if isinstance(left, Tensor) and isinstance(right, Tensor):
+                if func is torch.nn.functional.linear:
+                    self._product(left, right)
+                else:
+                    turned = right.mT if right.ndim > 1 else right
+                    self._product(left, turned)
+                    self._product(turned, left)  # the weight is the left factor: Y = W Xᵀ
         return func(*args, **(kwargs or {}))
+
+    def _product(self, x: Tensor, weight: Tensor) -> None:
+        """`x` (..., in) times the transpose of `weight` (out, in), or of (experts, out, in) slice by slice."""
+        if weight.ndim == 2:
+            self._show(x, weight)
+        elif weight.ndim == 3 and weight.data_ptr() in self.views and x.ndim in (2, 3):
+            for rows, part in zip(x.expand(len(weight), *x.shape[-2:]), weight, strict=True):
+                self._show(rows[rows.any(-1)], part)
+
+    def _show(self, x: Tensor, weight: Tensor) -> None:
+        view = self.views.get(weight.data_ptr())
+        if view is not None:
+            stored = view.stored()
+            self.seen(view, x, weight.shape == stored.shape and weight.stride() == stored.stride())
 
 
 def store(sources: Mapping[str, Tensor], streams: int, device: torch.device) -> dict[str, Tensor]:
@@ -301,6 +425,22 @@ class Errors(NamedTuple):
     "90th percentile of the same."
 
 
+def distance(dense: Tensor, sparse: Tensor) -> float:
+    """NMSE of one tensor from another of the same shape, NaN where either is not finite; sums in float64."""
+    if dense.shape != sparse.shape:
+        return float("inf")
+    square = _sum(dense.float().square())
+    difference = _sum((dense.float() - sparse.float()).square())
+    return difference / square if square else difference
+
+
+def finite_advice(dtype: torch.dtype) -> str:
+    """What to do where hidden states of a model in `dtype` are not finite."""
+    if dtype == torch.float16:
+        return "load the model in float32 or bfloat16, whose range is larger than float16's"
+    return "look at the model's weights and at the samples"
+
+
 @torch.no_grad()
 def error(dense: Tensor, sparse: Tensor, batch_size: int = 8) -> Errors:
     """MSE, NMSE and token NMSE of two sets of hidden states (N, T, H). Sums in float64.
@@ -326,6 +466,29 @@ def _sum(values: Tensor) -> float:
 
 class _Reached(Exception):
     """The forward has reached the first block."""
+
+
+def _first(out: Any) -> Tensor:
+    """The hidden states among what a block returns."""
+    return out if isinstance(out, Tensor) else out[0]
+
+
+def _differing(recorded: Call, given: Call) -> str:
+    """Which tensors among a block's arguments differ from the recorded ones, as part of a sentence."""
+    names = [f"positional argument {i + 1}" for i in range(len(recorded[0]))] + [*recorded[1]]
+    pairs = zip([*recorded[0], *recorded[1].values()], [*given[0], *(given[1].get(k) for k in recorded[1])], strict=False)
+    found = [name for name, (a, b) in zip(names, pairs, strict=False) if not _equal(a, b)]
+    return f" (the tokens decide its {', '.join(found)})" if found else ""
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.shape == b.shape and torch.equal(a, b)
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+        return len(a) == len(b) and all(map(_equal, a, b))
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        return a.keys() == b.keys() and all(_equal(a[k], b[k]) for k in a)
+    return isinstance(a, Tensor) == isinstance(b, Tensor)
 
 
 class _nothing:

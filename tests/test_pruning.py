@@ -87,7 +87,7 @@ def test_lr_equals_the_same_steps_by_hand(criterion: str) -> None:
             module.weight.data.copy_(new)
         sparse = runner.advance([i], sparse, 8)
         row = result.errors[(result.errors.block == i) & (result.errors.source == "calibration")].iloc[0]
-        assert (row.mse, row.nmse) == pytest.approx(reference.error(dense, sparse), rel=1e-3)
+        assert (row.mse, row.nmse, row.token_nmse, row.token_nmse_90) == pytest.approx(reference.error(dense, sparse), rel=1e-3)
     for (name, a), b in zip(model.named_parameters(), by_hand.parameters(), strict=True):
         assert torch.allclose(a, b, atol=2e-4), name
         assert torch.equal(a == 0, b == 0), name

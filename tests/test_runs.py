@@ -44,7 +44,8 @@ def test_the_second_time_costs_nothing_and_says_the_same(monkeypatch: pytest.Mon
     assert (first.cached, second.cached) == (False, True)
     assert second.metrics == first.metrics and second.errors.equals(first.errors) and second.training.equals(first.training)
     assert second.config == config() and second.id == runs.fingerprint(config())
-    assert list(first.errors.columns) == ["block", "source", "mse", "nmse", "token_nmse", "token_nmse_90"] and set(first.errors.source) == {"calibration", "pydocs"}
+    assert list(first.errors.columns) == ["block", "source", "mse", "nmse", "token_nmse", "token_nmse_90"]
+    assert set(first.errors.source) == {"calibration", "pydocs"}
     assert first.training.window.tolist()[0] == "0" and first.metrics["sparsity"] == 0.5
     assert {"perplexity/pydocs", "perplexity/pydocs/low", "nmse/pydocs", "mse/calibration", "seconds/prune", "memory/rss", "size/parameters"} <= set(
         first.metrics
