@@ -369,7 +369,7 @@ def check_adapters(model: nn.Module) -> None:
         return
     if hasattr(model, "merge_and_unload"):
         way = "merge them first: model = model.merge_and_unload()"
-    elif hasattr(model, "peft_config"):
+    elif hasattr(model, "get_base_model"):
         way = "prompts cannot be merged; take the model beneath: model = model.get_base_model()"
     else:
         way = "save them, and merge them first: peft.PeftModel.from_pretrained(base_model, folder).merge_and_unload()"
