@@ -450,18 +450,22 @@ def error(dense: Tensor, sparse: Tensor, batch_size: int = 8) -> Errors:
     difference = square = 0.0
     tokens: list[np.ndarray] = []
     for d, s in zip(dense.split(batch_size), sparse.split(batch_size), strict=True):
-        differences, squares = (d.float() - s.float()).square().sum(-1), d.float().square().sum(-1)  # (B, T)
+        differences, squares = (d.float() - s.float()).square(), d.float().square()  # (B, T, H)
         difference += _sum(differences)
         square += _sum(squares)
-        relative = differences / squares.clamp_min(torch.finfo(squares.dtype).tiny)
-        tokens.append(relative.flatten().cpu().double().numpy())
+        relative = _doubled(differences).sum(-1) / _doubled(squares).sum(-1).clamp_min(torch.finfo(torch.float64).tiny)
+        tokens.append(relative.flatten().cpu().numpy())  # (B · T,)
     median, high = np.quantile(np.concatenate(tokens), [0.5, 0.9]).tolist()
     return Errors(difference / dense.numel(), difference / square if square else float(difference > 0), median, high)
 
 
 def _sum(values: Tensor) -> float:
+    return float(_doubled(values).sum())
+
+
+def _doubled(values: Tensor) -> Tensor:
     """In float64, on the CPU where the device has none."""
-    return float((values.cpu() if values.device.type == "mps" else values).sum(dtype=torch.float64))
+    return (values.cpu() if values.device.type == "mps" else values).double()
 
 
 class _Reached(Exception):
