@@ -20,6 +20,11 @@ from typing import Any, NoReturn
 from . import __version__
 from .config import CRITERIA, LAYERS, PRECISIONS, SELF, TECHNIQUES, ConfigError, PruneConfig, RunConfig, SelfGenConfig, require
 
+def _switch(word: str) -> bool | str:
+    """true and false as booleans, any other word as it is."""
+    return {"true": True, "false": False}.get(word.lower(), word)
+
+
 # Flag of `prune` → how its word is read, and its help; defaults are those of `PruneConfig`.
 PRUNE_FLAGS: dict[str, tuple[Any, str]] = {
     "criterion": (str, f"what chooses the mask: {', '.join(CRITERIA)}"),
@@ -32,6 +37,7 @@ PRUNE_FLAGS: dict[str, tuple[Any, str]] = {
     "batch_size": (int, "samples in one optimiser step"),
     "micro_batch": (int, "samples in one forward and backward, for small GPUs"),
     "precision": (str, f"of the reconstruction: {', '.join(PRECISIONS)}"),
+    "keep_zeros": (_switch, "whether zeros of an earlier pruning stay zero: true, false, or auto (where they are many or in a pattern)"),
     "early_stopping": (int, "stop a window after so many epochs without a lower held-out loss"),
 }
 CACHED = ("assets", "models", "runs", "answers", "tasks", "testsets", "text")
