@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 from . import __version__
 from .config import CRITERIA, LAYERS, PRECISIONS, SELF, TECHNIQUES, ConfigError, PruneConfig, RunConfig, SelfGenConfig, require
 
+
 def _switch(word: str) -> bool | str:
     """true and false as booleans, any other word as it is."""
     return {"true": True, "false": False}.get(word.lower(), word)
