@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from . import offload
 from .config import ConfigError, PruneConfig, to_dict
 
-ROOMS = ("checkpoint", "criteria", "models", "offload", "parallel", "pruning", "reconstruct", "streams")
+ROOMS = ("checkpoint", "criteria", "models", "offload", "pruning", "reconstruct", "streams")
 SUPERSEDED = 2  # windows after which an earlier version of a block is deleted: one step back stays possible
 
 

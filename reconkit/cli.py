@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from . import __version__
-from .config import CRITERIA, LAYERS, PRECISIONS, SELF, TECHNIQUES, ConfigError, PruneConfig, RunConfig, SelfGenConfig, require
+from .config import CRITERIA, LAYERS, PRECISIONS, SELF, TECHNIQUES, ConfigError, PruneConfig, RunConfig, SelfGenConfig, check_one_process, require
 
 
 def _switch(word: str) -> bool | str:
@@ -250,6 +250,7 @@ def prune(a: argparse.Namespace) -> None:
     config = PruneConfig(**{flag: getattr(a, flag) for flag in PRUNE_FLAGS}, layers=layers, recompute=a.recompute, seed=a.seed)
     options = {"extra": a.extra, "seed": a.seed, "device": a.device, "dtype": a.dtype, "price_per_hour": a.price_per_hour}
     job = RunConfig(a.model, a.corpus, a.count, a.length, tuple(a.held_out), config, **options)
+    check_one_process()
     _check_texts([a.corpus, *a.held_out, *([a.extra] if a.extra else [])])
     _check_models([a.model])
     if a.out:
@@ -258,25 +259,21 @@ def prune(a: argparse.Namespace) -> None:
         require(not inside, "--checkpoint", a.checkpoint, "a folder outside of --out, which takes the model alone")
     import torch
 
-    from . import models, parallel, plan, report
+    from . import models, plan, report
 
-    alone = [flag for flag in ("plan", "offload") if getattr(a, flag)]
-    require(not alone or parallel.launched() == 1, "torchrun's --nproc-per-node", parallel.launched(), f"1 with --{' and --'.join(alone)}")
     options = {"dtype": getattr(torch, a.dtype), "device": a.device}
     beside = Path(a.out).absolute().parent if a.out else None  # so that finished blocks need not be copied
     if beside:
         beside.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".reconkit-", dir=beside) if a.offload else nullcontext() as folder:
         found = plan.estimate(job, offload=a.offload) if a.plan else None
-        with parallel.group(a.device) as first:
-            model, tokenizer = models.open_model(a.model, folder, **options) if folder else models.load_model(a.model, **options)
-            if found:
-                return print(plan.describe(model, job, found, checkpoint=a.checkpoint is not None, price_per_hour=a.price_per_hour))
-            result = _prune(a, job, config, model, tokenizer)
-        if first:  # outside of the group: no rank waits for it
-            models.save_model(model, tokenizer, a.out)
-            print(report.summary(result))
-            print(f"Saved in {a.out}; transformers' from_pretrained loads it.")
+        model, tokenizer = models.open_model(a.model, folder, **options) if folder else models.load_model(a.model, **options)
+        if found:
+            return print(plan.describe(model, job, found, checkpoint=a.checkpoint is not None, price_per_hour=a.price_per_hour))
+        result = _prune(a, job, config, model, tokenizer)
+        models.save_model(model, tokenizer, a.out)
+    print(report.summary(result))
+    print(f"Saved in {a.out}; transformers' from_pretrained loads it.")
 
 
 def _prune(a: argparse.Namespace, job: RunConfig, config: PruneConfig, model: Any, tokenizer: Any) -> Any:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -36,6 +37,16 @@ def require(condition: bool, name: str, value: Any, possible: str) -> None:
 
 def one_of(words: tuple[str, ...]) -> str:
     return "one of " + ", ".join(words)
+
+
+def check_one_process() -> None:
+    """Refuse to prune where torchrun started several processes: each would prune the whole model by itself.
+
+    Raises:
+        ConfigError: there are several.
+    """
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    require(count == 1, "torchrun's number of processes", count, "1: one process prunes one model, and several GPUs take several runs of a suite")
 
 
 def nm_pattern(pattern: str) -> tuple[int, int] | None:

@@ -16,7 +16,6 @@ import time
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +23,9 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from . import cost, criteria, offload, overfit, parallel
+from . import cost, criteria, overfit
 from .checkpoint import Checkpoint
-from .config import ConfigError, PruneConfig, nm_pattern
+from .config import ConfigError, PruneConfig, check_one_process, nm_pattern
 from .models import WeightView, blocks, check_adapters, check_shared, weight_views
 from .progress import Progress
 from .reconstruct import reconstruct, resolve_precision
@@ -102,8 +101,6 @@ def prune(
 ) -> PruneResult:
     """Prune and reconstruct `model` in place; it keeps its modules, dtype, device, flags and state_dict keys.
 
-    In a group of torch.distributed (see `parallel.group`) all ranks call this with the same, share the work and end with the same model.
-
     Args:
         model: any decoder that transformers builds.
         samples: calibration tokens (N, T): they choose the masks and train.
@@ -116,12 +113,10 @@ def prune(
     Raises:
         ConfigError: something that cannot be done, by name and reason, before the first block.
         FloatingPointError: NaN or infinity in an activation or a loss, with block, layer or epoch.
-        RuntimeError: the ranks' weights differ after a window.
     """
     _check(model, samples, config, extra, held_out)
     name, layers = blocks(model)
     sources = {"calibration": samples, **({} if extra is None else {"extra": extra}), **(held_out or {})}
-    _check_ranks(model, sources, config)
     switches = [(m, m.training) for m in model.modules()]
     started = time.perf_counter()
     with cost.measure() as used, _eager_experts(model), torch.random.fork_rng(devices=[]):
@@ -167,24 +162,23 @@ def _walk(
     found = find(runner, sources["calibration"][: config.batch_size], config)
     runner.check(_probes(sources))
     plan = windows(len(layers), config.window_blocks, config.overlap_blocks)
-    saved = parallel.at_main(lambda: Checkpoint.open(folder, model, sources, config)) if folder is not None else None
-    last = parallel.at_main(saved.last) if saved else None
+    saved = Checkpoint.open(folder, model, sources, config) if folder is not None else None
+    last = saved.last() if saved else None
     dense_copies: dict[int, nn.Module] = {}
     if saved and last:
         done, walk = last[0], _resume(runner, saved, last[1], sources, config, dense_copies)
     else:
         done, walk = 0, _begin(runner, sources, config, found.notes)
-    precision = parallel.at_main(lambda: resolve_precision(config.precision, str(runner.device))) if config.trains else "fp32"
+    precision = resolve_precision(config.precision, str(runner.device)) if config.trains else "fp32"
     epochs = _epochs(config, sources) if config.trains else 0
     live = overfit.Live(config.overfit, kept_best=config.early_stopping is not None)
     live.replay(walk.errors, walk.training)
     starts = [window.start for window in plan[1:]] + [len(layers)]
     ahead: dict[str, Tensor] = {}
-    shown = Progress if parallel.main() else _Silent
     steps = len(plan) * (epochs + 1)
     with (
         runner.offload.alone() if runner.offload else nullcontext(),
-        shown(f"{config.technique} {config.criterion}", steps, show=progress and parallel.main()) as bar,
+        Progress(f"{config.technique} {config.criterion}", steps, show=progress) as bar,
     ):
         bar.step(done * (epochs + 1))
         for number, window in enumerate(plan[done:], done):
@@ -193,13 +187,12 @@ def _walk(
                 _say(live, walk, bar)
                 listen = starts[number] > window.start and _repeats(runner, config, precision)
                 ahead = _window(runner, walk, window, config, found, dense_copies, precision, number, bar, listen)
-                _agreed(runner, window)
                 _say(live, walk, bar)
                 if saved:
                     state = {**vars(walk), "earlier": walk.earlier + time.perf_counter() - started}
-                    parallel.at_main(partial(saved.save, number + 1, layers, window, state))
+                    saved.save(number + 1, layers, window, state)
             except KeyboardInterrupt:
-                if saved and parallel.main():
+                if saved:
                     print(f"\nStopped before window {number + 1} of {len(plan)}; the same call with checkpoint={str(folder)!r} continues there.")
                 raise
             except (MemoryError, RuntimeError) as error:
@@ -224,7 +217,7 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 def _less_memory(runner: Runner, config: PruneConfig, window: range) -> str:
     """What to set, and to what, in the order of what it costs."""
-    at_once = min(config.micro_batch or config.batch_size, math.ceil(config.batch_size / parallel.count()))
+    at_once = config.micro_batch or config.batch_size
     if config.trains and at_once > 1:
         return f"set micro_batch={at_once // 2}, which is now {at_once}"
     if config.trains and not config.recompute:
@@ -236,27 +229,8 @@ def _less_memory(runner: Runner, config: PruneConfig, window: range) -> str:
     return f"train one block at a time with a technique without CR, instead of {len(window)}" if len(window) > 1 else "take fewer or shorter samples"
 
 
-class _Silent(Progress):
-    """The bar of a rank that shows nothing, and leaves nothing to watch."""
-
-    def _write(self) -> None: ...
-
-    def _log(self, text: str, mode: str = "a") -> None: ...
-
-
-def _agreed(runner: Runner, window: range) -> None:
-    """All ranks hold the same bits of a window."""
-    if parallel.differing({"weights": (p for i in window for p in runner.blocks[i].parameters())}):
-        raise RuntimeError(f"The ranks' weights of blocks {_label(window)} differ; let all of them compute on devices of one kind.")
-
-
 def _repeats(runner: Runner, config: PruneConfig, precision: str) -> bool:
-    """Whether a window's last measurement of the held-out sources does what the streams do when they go on: the same weights, input and precision.
-
-    Each rank measures and advances batches of its own, so that only one by itself knows all of them.
-    """
-    if parallel.count() > 1:
-        return False
+    """Whether a window's last measurement of the held-out sources does what the streams do when they go on: the same weights, input and precision."""
     same = precision == "fp32" and runner.dtype == torch.float32 and config.reconstruction_input == "sparse"
     return config.trains and same and config.early_stopping is None
 
@@ -287,7 +261,7 @@ def _resume(
         _hold(runner, i)
     if _copies_needed(config):
         dense_copies |= {i: copy.deepcopy(runner.blocks[i]) for i in range(position, pruned)}
-    streams = parallel.give_all(saved.streams(record) if parallel.main() else None)
+    streams = saved.streams(record)
     if streams is None:  # lost or damaged: what flows to the window's start can be had again
         embedded = _begin(runner, sources, config, []).sparse
         dense = [embedded]
@@ -491,11 +465,10 @@ def _prune_block(runner: Runner, walk: Walk, window: range, index: int, config: 
             )
             walk.notes += [f"Block {index}, {', '.join(v.name for v in group)}: {note}" for note in notes]
             for w, value in zip(weights, new, strict=True):
-                w.copy_(parallel.give(value))
+                w.copy_(value)
         if few:
             walk.notes.append(f"Block {index}, {group[0].name}: {seen.count} tokens for {weights[0].shape[1]} columns, so its mask is by magnitude.")
         for view, w, mask in zip(group, weights, masks, strict=True):
-            parallel.give(mask)
             w.mul_(mask.view(torch.uint8)).add_(0)  # the sum makes plain zeros of minus zeros
             walk.masks[f"{index}.{view.name}"] = mask
             walk.zeros += mask.numel() - int(mask.count_nonzero())
@@ -534,21 +507,10 @@ def _statistics(
     before = range(0) if dense else range(window.start, index)
     with InputTap([group[0] for group in groups], seen):
         runner.spread(lambda batch: runner.call(index, runner.through(before, batch)), states, config.batch_size, passed)
-    _add_up(list(statistics.values()))
     for name, found in statistics.items():
         if not torch.isfinite(found.square_sum).all():
             raise FloatingPointError(f"The input of block {index}, {name} holds NaN or infinity on the calibration samples.")
     return statistics
-
-
-def _add_up(statistics: list[criteria.Statistics]) -> None:
-    """Statistics of each rank's samples become those of all samples."""
-    if not statistics:
-        return
-    counts = parallel.add(torch.tensor([s.count for s in statistics])).tolist()
-    for s, seen in zip(statistics, counts, strict=True):
-        parallel.add(s.square_sum if s.hessian is None else s.hessian)
-        s.count = seen
 
 
 @dataclass
@@ -774,6 +736,7 @@ def _verify(layers: nn.ModuleList, walk: Walk) -> None:
 
 
 def _check(model: nn.Module, samples: Tensor, config: PruneConfig, extra: Tensor | None, held_out: Mapping[str, Tensor] | None) -> None:
+    check_one_process()
     if not isinstance(config, PruneConfig):
         raise ConfigError(f"config is a {type(config).__name__}; it must be a PruneConfig, such as rk.PruneConfig(**values).")
     if held_out is not None and not isinstance(held_out, Mapping):
@@ -805,26 +768,6 @@ def _check(model: nn.Module, samples: Tensor, config: PruneConfig, extra: Tensor
         raise ConfigError("The model has weights that are not loaded (on the meta device).")
 
 
-def _check_ranks(model: nn.Module, sources: Mapping[str, Tensor], config: PruneConfig) -> None:
-    """What several processes must have in common before they begin."""
-    if parallel.count() == 1:
-        if parallel.launched() > 1:
-            raise ConfigError(
-                f"torchrun started {parallel.launched()} processes, and this one is in no group; "
-                "load and prune inside `with reconkit.parallel.group():` to share the work."
-            )
-        return
-    if offload.of(model):
-        raise ConfigError("Blocks on disk are for one process; load the model whole, or run without torchrun.")
-    device = next(model.parameters()).device
-    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and device.index != torch.cuda.current_device()):
-        raise ConfigError(f"The model is on {device}, from where rank {parallel.rank()} does not talk; load it after torch.cuda.set_device.")
-    asked = torch.tensor([*repr((config, list(sources))).encode()], dtype=torch.uint8)
-    differs = parallel.differing({"configuration": [asked], "samples": sources.values(), "model": model.parameters()})
-    if differs:
-        raise ConfigError(f"Not every rank was given the same {' and '.join(differs)}; seed them alike.")
-
-
 def _epochs(config: PruneConfig, sources: Mapping[str, Tensor]) -> int:
     per_epoch = math.ceil(sum(len(sources[s]) for s in ("calibration", "extra") if s in sources) / config.batch_size)
     return config.epochs if config.steps is None else math.ceil(config.steps / per_epoch)
@@ -836,8 +779,7 @@ def _prepare(runner: Runner, inputs: Mapping[str, Tensor], config: PruneConfig) 
     for states in inputs.values():
         runner.prepare(_parts(len(states), config.batch_size), states.shape[1])
     for step in _parts(sum(map(len, trained)), config.batch_size):
-        share = parallel.share(step)
-        runner.prepare(_parts(share.stop - share.start, config.micro_batch or config.batch_size), trained[0].shape[1])
+        runner.prepare(_parts(step, config.micro_batch or config.batch_size), trained[0].shape[1])
 
 
 def _parts(count: int, size: int) -> set[int]:

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
-from . import parallel
 from .assets import cache_dir
 from .config import ConfigError, PruneConfig
 from .streams import fetched, finite_advice
@@ -55,7 +54,7 @@ def reconstruct(
     stream: int = 0,
     on_epoch: Callable[[int, int, list[tuple[int, str, float]]], None] | None = None,
 ) -> Trained:
-    """Train `modules` in place; several ranks, given the same, share each step's batch and take the same step.
+    """Train `modules` in place.
 
     Args:
         modules: the blocks of the window, in fp32, on their device.
@@ -82,12 +81,10 @@ def reconstruct(
         p.requires_grad_(True)
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=device.type in ("cuda", "cpu"))
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-    scaler.scale(torch.zeros((), device=device))  # makes its scale now: a rank may have no sample in the first batch
     run = (lambda x: recomputed(forward, x, use_reentrant=False)) if config.recompute else forward
 
     def parts(chosen: list[tuple[str, int]]) -> list[list[tuple[str, int]]]:
-        mine = chosen[parallel.share(len(chosen))]
-        return [mine[i : i + micro] for i in range(0, len(mine), micro)]
+        return [chosen[i : i + micro] for i in range(0, len(chosen), micro)]
 
     def put(rows: list[tuple[str, int]]) -> tuple[Tensor, ...]:
         # one by one, because only what lies in pinned memory is copied while the GPU works
@@ -96,11 +93,9 @@ def reconstruct(
     @torch.no_grad()
     def loss_of(inputs: Tensor, targets: Tensor) -> float:
         pairs = list(zip(inputs.split(batch), targets.split(batch), strict=True))
-        losses = torch.zeros(len(pairs), device=device)
-        mine = range(parallel.rank(), len(pairs), parallel.count())
-        for i, pair in zip(mine, fetched((lambda i=i: tuple(s.to(device, non_blocking=True) for s in pairs[i]) for i in mine), device), strict=True):
-            losses[i] = _loss(forward, *pair, device, precision) * len(pairs[i][0])
-        return float(parallel.add(losses).sum()) / len(inputs)
+        batches = fetched((lambda pair=pair: tuple(side.to(device, non_blocking=True) for side in pair) for pair in pairs), device)
+        losses = [_loss(forward, x, y, device, precision) * len(x) for x, y in batches]
+        return float(torch.stack(losses).sum()) / len(inputs)
 
     result = Trained([(0, name, loss_of(*pair)) for name, pair in {**training, **held_out}.items()])
     stored = next(iter(training.values()))[0].dtype
@@ -128,7 +123,6 @@ def reconstruct(
                     sums[name][0] += value
             for name, _ in chosen:
                 sums[name][1] += 1
-            parallel.add_gradients(parameters)
             for p, ones in kept:  # without a gradient AdamW leaves a zero at zero
                 if p.grad is not None:
                     p.grad.mul_(ones)
@@ -141,7 +135,7 @@ def reconstruct(
             result.skipped += int(scaler.get_scale() < before)
             optimizer.zero_grad(set_to_none=True)
             done += 1
-        totals = parallel.add(torch.stack([total_loss for total_loss, _ in sums.values()])).tolist()
+        totals = torch.stack([total_loss for total_loss, _ in sums.values()]).tolist()
         rows = [(epoch, name, total_loss / n) for total_loss, (name, (_, n)) in zip(totals, sums.items(), strict=True) if n]
         rows += [(epoch, name, loss_of(*pair)) for name, pair in held_out.items()]
         _finite(rows, where, precision, stored)

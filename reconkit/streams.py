@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers.cache_utils import Cache
 
-from . import offload, parallel
+from . import offload
 from .assets import cache_dir
 from .config import ConfigError
 from .models import WeightView
@@ -267,20 +267,13 @@ class Runner:
         return out
 
     def spread(self, work: Callable[[Tensor], Tensor], states: Tensor, batch_size: int, out: Tensor | None) -> None:
-        """`work` on each batch (B, T, H) of stored samples (N, T, H); what it returns goes to `out` (N, T, H).
-
-        Whole batches are dealt out to the ranks, so that the bits do not depend on their number; `out` is filled on all of them.
-        """
+        """`work` on each batch (B, T, H) of stored samples (N, T, H); what it returns goes to `out` (N, T, H)."""
         cuts = [slice(start, min(start + batch_size, len(states))) for start in range(0, len(states), batch_size)]
-        mine = cuts[parallel.rank() :: parallel.count()]
-        batches = fetched((lambda c=c: (states[c].to(self.device, self.dtype, non_blocking=True),) for c in mine), self.device)
-        for chosen, (batch,) in zip(mine, batches, strict=True):
+        batches = fetched((lambda c=c: (states[c].to(self.device, self.dtype, non_blocking=True),) for c in cuts), self.device)
+        for chosen, (batch,) in zip(cuts, batches, strict=True):
             result = work(batch)
             if out is not None:
                 out[chosen].copy_(result)
-        if out is not None:
-            for number, chosen in enumerate(cuts):
-                parallel.give(out[chosen], number % parallel.count())
 
     @property
     def device(self) -> torch.device:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import reconkit as rk
-from reconkit import criteria, models, reconstruct
+from reconkit import cli, criteria, models, reconstruct
 from reconkit.config import ConfigError, PruneConfig
 
 VOCABULARY = families.VOCABULARY
@@ -464,6 +464,14 @@ def test_what_is_no_configuration_and_no_mapping_is_refused() -> None:
         rk.prune(model, ids(), {"criterion": "wanda"}, progress=False)
     with pytest.raises(ConfigError, match=r'held_out is a Tensor; it must be a mapping of names to samples, such as \{"wiki": samples\}'):
         rk.prune(model, ids(), quick(), held_out=ids(2), progress=False)
+
+
+def test_several_processes_of_torchrun_are_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="torchrun's number of processes is 2; it must be 1: one process prunes one model"):
+        prune(families.build("llama"))
+    assert cli.main(["prune", "--model", "tiny", "--corpus", "pydocs", "--out", str(tmp_path / "out")]) == 2
+    assert "torchrun" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def overflowing() -> nn.Module:
