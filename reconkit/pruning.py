@@ -29,7 +29,7 @@ from .config import ConfigError, PruneConfig, check_one_process, nm_pattern
 from .models import WeightView, blocks, check_adapters, check_shared, weight_views
 from .progress import Progress
 from .reconstruct import reconstruct, resolve_precision
-from .streams import Errors, InputTap, Runner, error, finite_advice, room, store
+from .streams import Errors, InputTap, Runner, error, finite_advice, store
 
 STREAMS = 4  # of the samples' size at once, at most: dense, sparse, target, and what is advanced
 FEW_TOKENS = 2  # an expert needs this many tokens per input column, else its mask is by magnitude
@@ -173,8 +173,6 @@ def _walk(
     epochs = _epochs(config, sources) if config.trains else 0
     live = overfit.Live(config.overfit, kept_best=config.early_stopping is not None)
     live.replay(walk.errors, walk.training)
-    starts = [window.start for window in plan[1:]] + [len(layers)]
-    ahead: dict[str, Tensor] = {}
     steps = len(plan) * (epochs + 1)
     with (
         runner.offload.alone() if runner.offload else nullcontext(),
@@ -183,10 +181,9 @@ def _walk(
         bar.step(done * (epochs + 1))
         for number, window in enumerate(plan[done:], done):
             try:
-                _advance(runner, walk, window.start, config, found, ahead)
+                _advance(runner, walk, window.start, config, found)
                 _say(live, walk, bar)
-                listen = starts[number] > window.start and _repeats(runner, config, precision)
-                ahead = _window(runner, walk, window, config, found, dense_copies, precision, number, bar, listen)
+                _window(runner, walk, window, config, found, dense_copies, precision, number, bar)
                 _say(live, walk, bar)
                 if saved:
                     state = {**vars(walk), "earlier": walk.earlier + time.perf_counter() - started}
@@ -199,7 +196,7 @@ def _walk(
                 if not _is_out_of_memory(error):
                     raise
                 raise RuntimeError(f"Out of memory in blocks {_label(window)}; {_less_memory(runner, config, window)}.") from error
-        _advance(runner, walk, len(layers), config, found, ahead)
+        _advance(runner, walk, len(layers), config, found)
         _say(live, walk, bar)
     return walk, found
 
@@ -227,12 +224,6 @@ def _less_memory(runner: Runner, config: PruneConfig, window: range) -> str:
     if not config.trains and config.batch_size > 1:
         return f"set batch_size={config.batch_size // 2}, which is now {config.batch_size}"
     return f"train one block at a time with a technique without CR, instead of {len(window)}" if len(window) > 1 else "take fewer or shorter samples"
-
-
-def _repeats(runner: Runner, config: PruneConfig, precision: str) -> bool:
-    """Whether a window's last measurement of the held-out sources does what the streams do when they go on: the same weights, input and precision."""
-    same = precision == "fp32" and runner.dtype == torch.float32 and config.reconstruction_input == "sparse"
-    return config.trains and same and config.early_stopping is None
 
 
 def _say(live: overfit.Live, walk: Walk, bar: Progress) -> None:
@@ -291,16 +282,12 @@ def _copies_needed(config: PruneConfig) -> bool:
     return config.trains and config.target_stream == "sparse" and config.overlap_blocks > 0
 
 
-def _advance(runner: Runner, walk: Walk, position: int, config: PruneConfig, found: Found, ahead: dict[str, Tensor]) -> None:
-    """Both streams to `position`; each block passed has had its last training, so its error is measured.
-
-    What `ahead` holds was already computed behind the first of these blocks, and leaves it.
-    """
+def _advance(runner: Runner, walk: Walk, position: int, config: PruneConfig, found: Found) -> None:
+    """Move both hidden states to `position`; each block passed has had its last training, so its error is measured."""
     while walk.position < position:
         i = walk.position
         for source, states in walk.sparse.items():
-            known = ahead.pop(source, None)
-            walk.sparse = {**walk.sparse, source: runner.advance([i], states, config.batch_size, in_place=True) if known is None else known}
+            walk.sparse = {**walk.sparse, source: runner.advance([i], states, config.batch_size, in_place=True)}
             measured = error(walk.dense[i + 1][source], walk.sparse[source])
             if not math.isfinite(measured.mse):
                 raise FloatingPointError(f"The error of block {i} on {source} is {measured.mse}; {finite_advice(runner.dtype)}.")
@@ -337,12 +324,8 @@ def _window(
     precision: str,
     number: int,
     bar: Progress,
-    listen: bool,
-) -> dict[str, Tensor]:
-    """Target, masks of the new blocks, training; the streams stand before `window`.
-
-    Returns the held-out streams behind the window's first block where the training's last measurement leaves them (`listen`).
-    """
+) -> None:
+    """Target, masks of the new blocks, training; the hidden states stand before `window`."""
     for i in [i for i in dense_copies if i < window.start]:
         del dense_copies[i]
     for i in window:
@@ -352,27 +335,22 @@ def _window(
         last = i == walk.position and "dense" not in (config.statistics_input, config.reconstruction_input)  # use of what enters block i
         before = walk.dense.pop(i) if last else walk.dense[i]
         walk.dense[i + 1] = {s: runner.advance([i], x, config.batch_size, in_place=last and x is not walk.sparse[s]) for s, x in before.items()}
-    targets, passed = _targets(runner, walk, window, new, config, dense_copies)
+    targets = _targets(runner, walk, window, config, dense_copies)
     for i in new:
         if _copies_needed(config):
             dense_copies[i] = copy.deepcopy(runner.blocks[i])
-        _prune_block(runner, walk, window, i, config, found, passed)
+        _prune_block(runner, walk, window, i, config, found)
         walk.pruned = i + 1
     bar.step(block=window.stop - 1)
-    return _train(runner, walk, window, targets, config, found, precision, number, bar, listen) if config.trains else {}
+    if config.trains:
+        _train(runner, walk, window, targets, config, found, precision, number, bar)
 
 
-def _targets(
-    runner: Runner, walk: Walk, window: range, new: list[int], config: PruneConfig, dense_copies: dict[int, nn.Module]
-) -> tuple[dict[str, Tensor], Tensor | None]:
-    """What the window is trained towards, per source; and the room of the calibration's, where the statistics' pass is the same and fills it."""
+def _targets(runner: Runner, walk: Walk, window: range, config: PruneConfig, dense_copies: dict[int, nn.Module]) -> dict[str, Tensor]:
+    """What the window is trained towards, per source: the dense hidden states (GP), or the dense window on the sparse ones."""
     if not config.trains or config.target_stream == "dense":
-        return walk.dense[window.stop], None
-    same = new == [*window] == [window.start] and config.statistics_input == "sparse" and config.criterion != "magnitude"
-    passed = room(walk.sparse["calibration"]) if same else None
-    rest = {s: x for s, x in walk.sparse.items() if not same or s != "calibration"}
-    targets = {s: runner.advance(window, x, config.batch_size, dense_copies) for s, x in rest.items()}
-    return targets if passed is None else {"calibration": passed, **targets}, passed
+        return walk.dense[window.stop]
+    return {source: runner.advance(window, states, config.batch_size, dense_copies) for source, states in walk.sparse.items()}
 
 
 def _train(
@@ -385,9 +363,8 @@ def _train(
     precision: str,
     number: int,
     bar: Progress,
-    listen: bool,
-) -> dict[str, Tensor]:
-    """Train the window in fp32; returns what `_window` does."""
+) -> None:
+    """Train the window in fp32."""
     inputs = walk.dense[window.start] if config.reconstruction_input == "dense" else walk.sparse
     pairs = {source: (inputs[source], targets[source]) for source in inputs}
     modules = [runner.blocks[i] for i in window]
@@ -397,19 +374,16 @@ def _train(
     for module in modules:
         module.float()
     held_out = {s: p for s, p in pairs.items() if s not in ("calibration", "extra")}
-    ear = _Ear(runner, window, {s: x for s, (x, _) in held_out.items()} if listen else {}, config.batch_size)
-
     measured = [*walk.training]
 
-    def on_epoch(epoch: int, epochs: int, rows: list[tuple[int, str, float]]) -> None:
-        ear.open |= epoch == epochs - 1
+    def on_epoch(epoch: int, rows: list[tuple[int, str, float]]) -> None:
         measured.extend((_label(window), *row) for row in rows)
         bar.keep("training", measured)
         bar.step(int(epoch > 0), epoch=epoch, loss=rows[0][2])
 
     trained = reconstruct(
         modules,
-        ear.forward,
+        lambda x: runner.through(window, x),
         masks,
         {s: p for s, p in pairs.items() if s in ("calibration", "extra")},
         held_out,
@@ -424,32 +398,15 @@ def _train(
     walk.training += [(_label(window), *row) for row in trained.losses]
     if trained.skipped:
         walk.notes.append(f"Blocks {_label(window)}: fp16 skipped {trained.skipped} steps whose gradients overflowed.")
-    return ear.states if ear.open else {}
-
-
-class _Ear:
-    """Keeps what the last measurement of a window leaves behind the window's first block."""
-
-    def __init__(self, runner: Runner, window: range, sources: Mapping[str, Tensor], batch_size: int) -> None:
-        self.runner, self.window, self.open = runner, window, False
-        self.states = {s: room(x) for s, x in sources.items()}
-        self.places = (place for x in self.states.values() for place in x.split(batch_size))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, T, H) through the window; once `open`, what comes without gradients is the last measurement, source by source."""
-        x = self.runner.call(self.window[0], x)
-        if self.states and self.open and not torch.is_grad_enabled():
-            next(self.places).copy_(x)
-        return self.runner.through(self.window[1:], x)
 
 
 @torch.no_grad()
-def _prune_block(runner: Runner, walk: Walk, window: range, index: int, config: PruneConfig, found: Found, passed: Tensor | None) -> None:
-    """One forward through the block for its statistics, then all its matrices at once; `passed` takes the forward's states."""
+def _prune_block(runner: Runner, walk: Walk, window: range, index: int, config: PruneConfig, found: Found) -> None:
+    """One forward through the block for its statistics, then all its matrices at once."""
     nm = nm_pattern(config.pattern)
     groups = [[v for v in group if v.name in found.chosen] for group in found.groups[index]]
     groups = [g for g in groups if g]
-    statistics = _statistics(runner, walk, window, index, groups, config, passed) if config.criterion != "magnitude" else {}
+    statistics = _statistics(runner, walk, window, index, groups, config) if config.criterion != "magnitude" else {}
     for group in groups:
         sparsities = [config.sparsity_of(found.full_name(index, v)) for v in group]
         weights, zeros = [v.get() for v in group], [found.zeros(index, v) for v in group]
@@ -488,7 +445,7 @@ def _keep_zeros(runner: Runner, walk: Walk, index: int, found: Found) -> None:
 
 
 def _statistics(
-    runner: Runner, walk: Walk, window: range, index: int, groups: list[list[WeightView]], config: PruneConfig, passed: Tensor | None = None
+    runner: Runner, walk: Walk, window: range, index: int, groups: list[list[WeightView]], config: PruneConfig
 ) -> dict[str, criteria.Statistics]:
     """Statistics of each distinct input of a block, by the name of its group's first view.
 
@@ -506,7 +463,7 @@ def _statistics(
     states = walk.dense[index]["calibration"] if dense else walk.sparse["calibration"]
     before = range(0) if dense else range(window.start, index)
     with InputTap([group[0] for group in groups], seen):
-        runner.spread(lambda batch: runner.call(index, runner.through(before, batch)), states, config.batch_size, passed)
+        runner.spread(lambda batch: runner.call(index, runner.through(before, batch)), states, config.batch_size)
     for name, found in statistics.items():
         if not torch.isfinite(found.square_sum).all():
             raise FloatingPointError(f"The input of block {index}, {name} holds NaN or infinity on the calibration samples.")

@@ -52,7 +52,7 @@ def reconstruct(
     precision: str,
     where: str,
     stream: int = 0,
-    on_epoch: Callable[[int, int, list[tuple[int, str, float]]], None] | None = None,
+    on_epoch: Callable[[int, list[tuple[int, str, float]]], None] | None = None,
 ) -> Trained:
     """Train `modules` in place.
 
@@ -105,7 +105,7 @@ def reconstruct(
         best = sum(loss for _, name, loss in result.losses if name in held_out) / len(held_out)
         best_state, result.best_epoch = [p.detach().clone() for p in parameters], 0
     if on_epoch:
-        on_epoch(0, math.ceil(total / per_epoch), result.losses)
+        on_epoch(0, result.losses)
     while done < total:
         epoch += 1
         order = torch.randperm(len(owner), generator=torch.Generator().manual_seed(_seed(config.seed, stream, epoch))).tolist()
@@ -141,7 +141,7 @@ def reconstruct(
         _finite(rows, where, precision, stored)
         result.losses += rows
         if on_epoch:
-            on_epoch(epoch, math.ceil(total / per_epoch), rows)
+            on_epoch(epoch, rows)
         if config.early_stopping is not None:
             held = sum(loss for _, name, loss in rows if name in held_out) / len(held_out)
             if held < best:

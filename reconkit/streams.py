@@ -60,9 +60,7 @@ class Runner:
         self._example = ids if self._example is None else self._example
         if self.offload and tap is None:
             self._probe()  # before anything counts the calls
-        handles = [
-            block.register_forward_pre_hook(lambda _, a, k, i=i: called(i, a, k), with_kwargs=True) for i, block in enumerate(self.blocks)
-        ]
+        handles = [block.register_forward_pre_hook(lambda _, a, k, i=i: called(i, a, k), with_kwargs=True) for i, block in enumerate(self.blocks)]
         try:  # blocks on disk are read for nothing but a tap
             with torch.no_grad(), tap or (self._skipped() if self.offload else _nothing()):
                 self._forward(ids)
@@ -266,7 +264,7 @@ class Runner:
         self.spread(lambda batch: self.through(indices, batch, stand_in), states, batch_size, out)
         return out
 
-    def spread(self, work: Callable[[Tensor], Tensor], states: Tensor, batch_size: int, out: Tensor | None) -> None:
+    def spread(self, work: Callable[[Tensor], Tensor], states: Tensor, batch_size: int, out: Tensor | None = None) -> None:
         """`work` on each batch (B, T, H) of stored samples (N, T, H); what it returns goes to `out` (N, T, H)."""
         cuts = [slice(start, min(start + batch_size, len(states))) for start in range(0, len(states), batch_size)]
         batches = fetched((lambda c=c: (states[c].to(self.device, self.dtype, non_blocking=True),) for c in cuts), self.device)

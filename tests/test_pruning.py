@@ -201,49 +201,6 @@ def test_windows_of_two_train_every_block_twice_prune_it_once_and_advance_once(t
         assert torch.allclose(target, start, atol=1e-6), "the target passes through dense blocks only"
 
 
-@pytest.mark.parametrize(
-    ("values", "saved"),
-    [
-        ({"technique": "BR+GP", "criterion": "wanda"}, 3 * 2),
-        ({"technique": "BR", "criterion": "wanda"}, 3 * 2 + 3 * 2),
-        ({"technique": "BR+GP+CR", "criterion": "wanda"}, 3 * 2),
-        ({"technique": "BR", "window": 2, "overlap": 0, "criterion": "magnitude"}, 2 * 2),
-        ({"technique": "BR+GP", "precision": "bf16"}, 0),
-        ({"technique": "BR+GP", "early_stopping": 9}, 0),
-        ({"technique": "BR+GP", "epochs": 0}, 0),
-        ({"technique": "BR+GP", "reconstruction_input": "dense"}, 0),
-    ],
-    ids=lambda v: "-".join(map(str, v.values())) if isinstance(v, dict) else str(v),
-)
-def test_what_is_computed_once_has_the_bits_of_computing_it_again(values: dict[str, Any], saved: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Batches of 4: two of calibration, two of held-out samples, in each of three blocks."""
-    calls = []
-    real, real_targets = streams.Runner.call, pruning._targets
-
-    def call(self: Any, index: int, *rest: Any) -> torch.Tensor:
-        calls.append(index)
-        return real(self, index, *rest)
-
-    def targets(runner: Any, walk: Any, window: range, new: Any, config: PruneConfig, copies: Any) -> Any:
-        if config.target_stream == "dense":
-            return real_targets(runner, walk, window, new, config, copies)
-        return {s: runner.advance(window, x, config.batch_size, copies) for s, x in walk.sparse.items()}, None
-
-    def work() -> tuple[list[torch.Tensor], Any, int]:
-        calls.clear()
-        model = families.build("llama")
-        result = prune(model, samples(), quick(**values), held_out={"other": samples(6, seed=1)}, progress=False)
-        return list(model.parameters()), (result.errors.values.tolist(), result.training.values.tolist()), len(calls)
-
-    monkeypatch.setattr(streams.Runner, "call", call)
-    once = work()
-    monkeypatch.setattr(pruning, "_repeats", lambda *_: False)
-    monkeypatch.setattr(pruning, "_targets", targets)
-    again = work()
-    assert once[1] == again[1] and all(torch.equal(a, b) for a, b in zip(once[0], again[0], strict=True))
-    assert again[2] - once[2] == saved
-
-
 def test_statistics_of_a_windows_second_block_come_through_the_pruned_first(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[int, torch.Tensor] = {}
     real, expected = pruning._statistics, {}
