@@ -7,20 +7,29 @@ damaged can be recomputed from the blocks; a damaged block takes the walk back t
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
+import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from . import offload
+from .callbacks import Callback
 from .config import ConfigError, PruneConfig, to_dict
+from .streams import store
 
-ROOMS = ("checkpoint", "criteria", "models", "offload", "pruning", "reconstruct", "streams")
+if TYPE_CHECKING:
+    from .pruning import Pruning, State
+
+ROOMS = ("callbacks", "checkpoint", "criteria", "models", "offload", "prunable", "pruning", "reconstruct", "streams")
+STREAMS = 4  # of the samples' size at once, at most: dense, sparse, target, and what is advanced
 SUPERSEDED = 2  # windows after which an earlier version of a block is deleted: one step back stays possible
 
 
@@ -153,3 +162,55 @@ def _sum(tensors: Mapping[str, Tensor]) -> str:
         found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return found.hexdigest()
+
+
+class CheckpointCallback(Callback):
+    """Keeps the state of a pruning after every window, and restores it where the folder holds one."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder, self.kept = folder, 0
+
+    def on_begin(self, pruning: Pruning) -> None:
+        self.saved = Checkpoint.open(self.folder, pruning.model, pruning.sources, pruning.config)
+        if last := self.saved.last():
+            pruning.done, pruning.state = last[0], self._restored(pruning, last[1])
+            self.kept = pruning.done
+
+    def on_window_end(self, pruning: Pruning, window: range) -> None:
+        earlier = pruning.state.earlier + time.perf_counter() - pruning.started
+        self.saved.save(pruning.done, pruning.runner.blocks, window, {**vars(pruning.state), "earlier": earlier})
+        self.kept = pruning.done
+
+    def on_end(self, pruning: Pruning, error: BaseException | None) -> None:
+        if isinstance(error, KeyboardInterrupt):
+            place = f"window {self.kept + 1} of {len(pruning.windows)}"
+            print(f"\nStopped before {place}; the same call with checkpoint={str(self.folder)!r} continues there.")
+
+    def _restored(self, pruning: Pruning, record: Mapping[str, Any]) -> State:
+        """The state after the last whole window; the model comes in dense and leaves with the finished blocks."""
+        runner, position, pruned = pruning.runner, record["walk"]["position"], record["walk"]["pruned"]
+        for i in range(position, pruned):
+            if runner.offload:
+                runner.offload.hold(i)
+        if pruning.keeps_dense_blocks:
+            pruning.dense_blocks = {i: copy.deepcopy(runner.blocks[i]) for i in range(position, pruned)}
+        kept = self.saved.streams(record)
+        dense = None if kept else _dense_states(pruning, pruned)  # before the blocks are replaced
+        masks = self.saved.blocks(record, runner.blocks, runner.offload)
+        if kept:
+            sparse = store(kept["sparse"], STREAMS, runner.device)
+            dense = {i: store(states, STREAMS, runner.device) for i, states in kept["dense"].items()}
+        else:
+            sparse = pruning.state.sparse
+            for i in range(position):  # stored again after each block, as the pruning does, so that the bits are the same
+                sparse = {source: runner.advance([i], x, pruning.config.batch_size) for source, x in sparse.items()}
+        dense = {i: states for i, states in dense.items() if i >= position}
+        return replace(pruning.state, **{**record["walk"], "sparse": sparse, "dense": dense, "masks": masks})
+
+
+def _dense_states(pruning: Pruning, count: int) -> dict[int, dict[str, Tensor]]:
+    """The dense hidden states before each of the first `count` blocks and behind the last of them, computed again."""
+    found = {0: pruning.state.sparse}
+    for i in range(count):
+        found[i + 1] = {source: pruning.runner.advance([i], x, pruning.config.batch_size) for source, x in found[i].items()}
+    return found

@@ -12,7 +12,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,10 +21,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from .callbacks import Callback
 from .config import ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from .pruning import Pruning
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 M_MMAP_THRESHOLD, OWN = -3, 2**20  # glibc's name of a setting; bytes from which memory is a piece of its own
@@ -255,3 +258,26 @@ def save(model: PreTrainedModel, folder: Path) -> None:
     model.config.save_pretrained(folder)
     if model.can_generate():
         model.generation_config.save_pretrained(folder)
+
+
+class OffloadCallback(Callback):
+    """Keeps the blocks of a pruning's window in memory, and writes each block back when it is finished."""
+
+    def __init__(self, blocks: Offload) -> None:
+        self.blocks = blocks
+        self.alone: AbstractContextManager[None] | None = None
+
+    def on_begin(self, pruning: Pruning) -> None:
+        self.alone = self.blocks.alone()
+        self.alone.__enter__()
+
+    def on_window_begin(self, pruning: Pruning, window: range) -> None:
+        for index in window:
+            self.blocks.hold(index)
+
+    def on_block_end(self, pruning: Pruning, block: int) -> None:
+        self.blocks.finish(block)
+
+    def on_end(self, pruning: Pruning, error: BaseException | None) -> None:
+        if self.alone is not None:
+            self.alone.__exit__(None, None, None)

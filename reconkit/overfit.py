@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from .callbacks import Callback
 from .config import Z95, OverfitConfig, PruneConfig, to_dict
+
+if TYPE_CHECKING:
+    from .pruning import Pruning
 
 TRAINED = ("calibration", "extra")
 HELD = 3  # blocks in a row on which the ratio must hold before it is warned of: one block's error may be tiny and its ratio anything
@@ -327,3 +331,18 @@ def _question(run: Any) -> str:
 
 def _row(run: Any, corpus: str) -> Mapping[str, Any] | None:
     return next((row for row in run.record["evaluation"]["perplexity"] if row["corpus"] == corpus), None)
+
+
+class OverfitCallback(Callback):
+    """Warns when the held-out error departs from the calibration error, while there is time to stop."""
+
+    def on_begin(self, pruning: Pruning) -> None:
+        self.live = Live(pruning.config.overfit, kept_best=pruning.config.early_stopping is not None)
+        self.live.replay(pruning.state.errors, pruning.state.training)
+
+    def on_block_end(self, pruning: Pruning, block: int) -> None:
+        for text in self.live.look(pruning.state.errors, pruning.state.training):
+            pruning.warn(text)
+
+    def on_window_end(self, pruning: Pruning, window: range) -> None:
+        self.on_block_end(pruning, window.start)

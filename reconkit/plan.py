@@ -13,7 +13,7 @@ import psutil
 import torch
 from torch import nn
 
-from . import cost, data, models, pruning, report
+from . import cost, data, models, prunable, pruning, report
 from .config import PruneConfig, RunConfig
 from .streams import Runner
 
@@ -147,7 +147,7 @@ def describe(model: nn.Module, job: RunConfig, found: Estimate, *, checkpoint: b
     """What would be done to `model`, and what it would take; one forward of a few tokens finds its matrices."""
     _, layers = models.blocks(model)
     config = job.prune
-    views = pruning.find(Runner(model, layers), torch.zeros(1, 8, dtype=torch.long, device=model.device), config)
+    views = prunable.find(Runner(model, layers), torch.zeros(1, 8, dtype=torch.long, device=model.device), config)
     chosen = [(views.full_name(i, v), v.get().numel()) for i, row in enumerate(views.views) for v in row if v.name in views.chosen]
     weights, zeros = sum(n for _, n in chosen), sum(n * config.sparsity_of(name) for name, n in chosen)
     parameters = sum(p.numel() for p in model.parameters())

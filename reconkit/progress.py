@@ -8,13 +8,17 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
 from tqdm import tqdm
 
 from .assets import cache_dir
+from .callbacks import Callback
+
+if TYPE_CHECKING:
+    from .pruning import Pruning
 
 QUIET = 30.0  # seconds between plain lines where the output is not a terminal
 
@@ -127,3 +131,34 @@ class Progress:
         self.bar.close()
         self.file.unlink(missing_ok=True)
         log(os.getpid()).unlink(missing_ok=True)
+
+
+class ProgressCallback(Callback):
+    """Shows a pruning's progress, and leaves its tables for whoever watches."""
+
+    def __init__(self, *, show: bool = True) -> None:
+        self.show = show
+        self.bar: Progress | None = None
+
+    def on_begin(self, pruning: Pruning) -> None:
+        each = pruning.epochs + 1
+        self.bar = Progress(f"{pruning.config.technique} {pruning.config.criterion}", len(pruning.windows) * each, show=self.show)
+        self.bar.step(pruning.done * each)
+
+    def on_mask_end(self, pruning: Pruning, window: range) -> None:
+        self.bar.step(block=window.stop - 1)
+
+    def on_epoch_end(self, pruning: Pruning, window: range, epoch: int) -> None:
+        self.bar.keep("training", pruning.state.training)
+        last = [row for row in pruning.state.training if row[0] == pruning.state.training[-1][0] and row[1] == epoch]
+        self.bar.step(int(epoch > 0), epoch=epoch, loss=last[0][3])
+
+    def on_block_end(self, pruning: Pruning, block: int) -> None:
+        self.bar.keep("errors", pruning.state.errors)
+
+    def on_warning(self, pruning: Pruning, text: str) -> None:
+        self.bar.say(text)
+
+    def on_end(self, pruning: Pruning, error: BaseException | None) -> None:
+        if self.bar is not None:
+            self.bar.__exit__()

@@ -1,8 +1,7 @@
-"""The walk through the model, as section 2 of the paper reads. The only room that knows the order of things.
+"""Pruning a model block by block, as section 2 of the paper reads.
 
-For each window of blocks: bring both streams before it, compute the target with the dense blocks, prune the blocks that
-are new, train the window towards the target. A block's error is measured when the streams advance through it, after its
-last training.
+For each window of blocks: move both hidden states before it, compute the target with the dense blocks, prune the blocks that are new, train the
+window towards the target. A block's error is measured when the hidden states move through it, after its last training.
 
     dense   x̄ᵢ₊₁ = gᵢ(w̄ᵢ ; x̄ᵢ)            sparse   xᵢ₊₁ = gᵢ(mᵢ⊙wᵢ ; xᵢ)
 """
@@ -10,29 +9,30 @@ last training.
 from __future__ import annotations
 
 import copy
-import fnmatch
 import math
 import time
-from collections.abc import Iterable, Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import torch
 from torch import Tensor, nn
 
 from . import cost, criteria, overfit
-from .checkpoint import Checkpoint
-from .config import ConfigError, PruneConfig, check_one_process, nm_pattern
-from .models import WeightView, blocks, check_adapters, check_shared, weight_views
-from .progress import Progress
-from .reconstruct import reconstruct, resolve_precision
+from .callbacks import Callback
+from .checkpoint import STREAMS, CheckpointCallback
+from .config import PruneConfig, nm_pattern
+from .models import WeightView, blocks
+from .offload import OffloadCallback
+from .progress import ProgressCallback
+from .prunable import check_inputs, eager_experts, find, parameter_masks
+from .reconstruct import Trainer, resolve_precision
 from .streams import Errors, InputTap, Runner, error, finite_advice, store
 
-STREAMS = 4  # of the samples' size at once, at most: dense, sparse, target, and what is advanced
 FEW_TOKENS = 2  # an expert needs this many tokens per input column, else its mask is by magnitude
+TRAINED = ("calibration", "extra")
 
 
 @dataclass
@@ -58,7 +58,7 @@ class PruneResult:
 
 
 @dataclass
-class Walk:
+class State:
     """The state between two windows; everything that a checkpoint holds."""
 
     position: int
@@ -97,6 +97,7 @@ def prune(
     extra: Tensor | None = None,
     held_out: Mapping[str, Tensor] | None = None,
     checkpoint: str | Path | None = None,
+    callbacks: Sequence[Callback] = (),
     progress: bool = True,
 ) -> PruneResult:
     """Prune and reconstruct `model` in place; it keeps its modules, dtype, device, flags and state_dict keys.
@@ -108,97 +109,293 @@ def prune(
         extra: tokens (N', T) that only train, such as self-generated text.
         held_out: name → tokens (N'', T) that do neither; the error is measured on them, block by block.
         checkpoint: a folder in which the state is kept after every window; a killed run continues from it.
+        callbacks: what else listens.
         progress: show one bar with an estimate.
 
     Raises:
         ConfigError: something that cannot be done, by name and reason, before the first block.
         FloatingPointError: NaN or infinity in an activation or a loss, with block, layer or epoch.
     """
-    _check(model, samples, config, extra, held_out)
-    name, layers = blocks(model)
+    check_inputs(model, samples, config, extra, held_out)
     sources = {"calibration": samples, **({} if extra is None else {"extra": extra}), **(held_out or {})}
     switches = [(m, m.training) for m in model.modules()]
     started = time.perf_counter()
-    with cost.measure() as used, _eager_experts(model), torch.random.fork_rng(devices=[]):
+    with cost.measure() as used, eager_experts(model), torch.random.fork_rng(devices=[]):
         model.eval()
         try:
-            walk, found = _walk(model, layers, name, sources, config, checkpoint, progress, started)
+            pruning = Pruning(model, sources, config)
+            state: list[Callback] = [OffloadCallback(pruning.runner.offload)] if pruning.runner.offload else []
+            state += [CheckpointCallback(checkpoint)] if checkpoint is not None else []
+            pruning.run([*state, ProgressCallback(show=progress), overfit.OverfitCallback(), *callbacks])
         finally:
             for module, training in switches:
                 module.training = training
-    _verify(layers, walk)
-    entries = sum(math.prod(v.get().shape) for views in found.views for v in views)
-    return PruneResult(
-        errors=pd.DataFrame(walk.errors, columns=["block", "source", *Errors._fields]),
-        training=pd.DataFrame(walk.training, columns=["window", "epoch", "source", "loss"]),
-        sparsity=walk.zeros / entries,
-        seconds=walk.earlier + time.perf_counter() - started,
-        peak_memory={"gpu": used.gpu_bytes, "rss": used.rss_bytes},
-        notes=walk.notes,
-        config=config,
-        per_parameter=_per_parameter(walk.left, len(samples) + (0 if extra is None else len(extra)), samples.shape[1], model, config),
-    )
+    return pruning.result(time.perf_counter() - started, {"gpu": used.gpu_bytes, "rss": used.rss_bytes})
 
 
-def _per_parameter(left: list[int], trained: int, tokens: int, model: nn.Module, config: PruneConfig) -> float | None:
-    """Training scalars for each weight that is left in the largest window."""
-    if not config.trains:
-        return None
-    largest = max(sum(left[i] for i in window) for window in windows(len(left), config.window_blocks, config.overlap_blocks))
-    return overfit.per_parameter(trained, tokens, model.config.get_text_config().hidden_size, largest)
+class Pruning:
+    """One pruning: the model, its settings, and the state between two windows.
 
+    Args:
+        sources: "calibration", "extra" and the held-out names → tokens (N, T).
 
-def _walk(
-    model: nn.Module,
-    layers: nn.ModuleList,
-    name: str,
-    sources: dict[str, Tensor],
-    config: PruneConfig,
-    folder: str | Path | None,
-    progress: bool,
-    started: float,
-) -> tuple[Walk, Found]:
-    runner = Runner(model, layers)
-    found = find(runner, sources["calibration"][: config.batch_size], config)
-    runner.check(_probes(sources))
-    plan = windows(len(layers), config.window_blocks, config.overlap_blocks)
-    saved = Checkpoint.open(folder, model, sources, config) if folder is not None else None
-    last = saved.last() if saved else None
-    dense_copies: dict[int, nn.Module] = {}
-    if saved and last:
-        done, walk = last[0], _resume(runner, saved, last[1], sources, config, dense_copies)
-    else:
-        done, walk = 0, _begin(runner, sources, config, found.notes)
-    precision = resolve_precision(config.precision, str(runner.device)) if config.trains else "fp32"
-    epochs = _epochs(config, sources) if config.trains else 0
-    live = overfit.Live(config.overfit, kept_best=config.early_stopping is not None)
-    live.replay(walk.errors, walk.training)
-    steps = len(plan) * (epochs + 1)
-    with (
-        runner.offload.alone() if runner.offload else nullcontext(),
-        Progress(f"{config.technique} {config.criterion}", steps, show=progress) as bar,
-    ):
-        bar.step(done * (epochs + 1))
-        for number, window in enumerate(plan[done:], done):
-            try:
-                _advance(runner, walk, window.start, config, found)
-                _say(live, walk, bar)
-                _window(runner, walk, window, config, found, dense_copies, precision, number, bar)
-                _say(live, walk, bar)
-                if saved:
-                    state = {**vars(walk), "earlier": walk.earlier + time.perf_counter() - started}
-                    saved.save(number + 1, layers, window, state)
-            except KeyboardInterrupt:
-                if saved:
-                    print(f"\nStopped before window {number + 1} of {len(plan)}; the same call with checkpoint={str(folder)!r} continues there.")
-                raise
-            except (MemoryError, RuntimeError) as error:
-                if not _is_out_of_memory(error):
-                    raise
-                raise RuntimeError(f"Out of memory in blocks {_label(window)}; {_less_memory(runner, config, window)}.") from error
-        _advance(runner, walk, len(layers), config, found)
-        _say(live, walk, bar)
-    return walk, found
+    Raises:
+        ConfigError: the model, or what is asked of it, cannot be pruned block by block.
+    """
+
+    def __init__(self, model: nn.Module, sources: Mapping[str, Tensor], config: PruneConfig) -> None:
+        self.started = time.perf_counter()
+        self.model, self.sources, self.config = model, dict(sources), config
+        self.runner = Runner(model, blocks(model)[1])
+        self.found = find(self.runner, sources["calibration"][: config.batch_size], config)
+        self.runner.check(_probes(sources))
+        self.windows = windows(len(self.runner.blocks), config.window_blocks, config.overlap_blocks)
+        self.precision = resolve_precision(config.precision, str(self.runner.device)) if config.trains else "fp32"
+        self.done = 0
+        "Windows that are finished."
+        self.dense_blocks: dict[int, nn.Module] = {}
+        "Copies of blocks as they were, for targets of later windows."
+        self.callbacks: list[Callback] = []
+        self.state: State
+
+    @property
+    def epochs(self) -> int:
+        """Epochs of a window, at most."""
+        trained = sum(len(ids) for source, ids in self.sources.items() if source in TRAINED)
+        steps = math.ceil(trained / self.config.batch_size)
+        epochs = self.config.epochs if self.config.steps is None else math.ceil(self.config.steps / steps)
+        return epochs if self.config.trains else 0
+
+    def run(self, callbacks: Sequence[Callback] = ()) -> None:
+        """Prune all windows that are not done."""
+        self.callbacks, failure = [*callbacks], None
+        self.state = self.begin()
+        try:
+            self._tell("on_begin")
+            while self.done < len(self.windows):
+                window = self.windows[self.done]
+                with _out_of_memory(self, window):
+                    self._advance(window.start)
+                    self._window(window)
+                self.done += 1
+                self._tell("on_window_end", window)
+            self._advance(len(self.runner.blocks))
+            _verify(self)
+        except BaseException as raised:
+            failure = raised
+            raise
+        finally:
+            for callback in reversed(self.callbacks):
+                callback.on_end(self, failure)
+
+    def warn(self, text: str) -> None:
+        """Keep a sentence among the notes, and tell all callbacks."""
+        self.state.notes.append(text)
+        self._tell("on_warning", text)
+
+    def _tell(self, event: str, *facts: object) -> None:
+        for callback in self.callbacks:
+            getattr(callback, event)(self, *facts)
+
+    def begin(self) -> State:
+        """The state before the first block: both hidden states are the embeddings."""
+        embedded = {source: self.runner.embed(ids, self.config.batch_size) for source, ids in self.sources.items()}
+        for source, states in embedded.items():
+            if not torch.isfinite(states).all():
+                raise FloatingPointError(f"There is NaN or infinity in the embeddings of {source}.")
+        embedded = store(embedded, STREAMS, self.runner.device)
+        return State(position=0, sparse=embedded, dense={0: embedded}, notes=list(self.found.notes))
+
+    def _window(self, window: range) -> None:
+        """Target, masks of the new blocks, training; the hidden states stand before `window`."""
+        self.dense_blocks = {i: block for i, block in self.dense_blocks.items() if i >= window.start}
+        self._tell("on_window_begin", window)
+        new = [i for i in window if i >= self.state.pruned]
+        self._advance_dense(new)
+        targets = self._targets(window)
+        for i in new:
+            if self.keeps_dense_blocks:
+                self.dense_blocks[i] = copy.deepcopy(self.runner.blocks[i])
+            self._prune_block(window, i)
+            self.state.pruned = i + 1
+        self._tell("on_mask_end", window)
+        if self.config.trains:
+            self._train(window, targets)
+
+    def _advance_dense(self, new: list[int]) -> None:
+        """The dense hidden states through blocks that are still dense."""
+        state, asked = self.state, (self.config.statistics_input, self.config.reconstruction_input)
+        for i in new:
+            last = i == state.position and "dense" not in asked  # use of what enters block i
+            before = state.dense.pop(i) if last else state.dense[i]
+            state.dense[i + 1] = {
+                s: self.runner.advance([i], x, self.config.batch_size, in_place=last and x is not state.sparse[s]) for s, x in before.items()
+            }
+
+    def _targets(self, window: range) -> dict[str, Tensor]:
+        """What `window` is trained towards, per source: the dense hidden states (GP), or the dense window on the sparse ones."""
+        if not self.config.trains or self.config.target_stream == "dense":
+            return self.state.dense[window.stop]
+        return {
+            source: self.runner.advance(window, states, self.config.batch_size, self.dense_blocks) for source, states in self.state.sparse.items()
+        }
+
+    @property
+    def keeps_dense_blocks(self) -> bool:
+        """Whether a block's dense self is needed after it was pruned: a target on the sparse hidden states, in a later window."""
+        return self.config.trains and self.config.target_stream == "sparse" and self.config.overlap_blocks > 0
+
+    def _train(self, window: range, targets: dict[str, Tensor]) -> None:
+        """Train `window` in fp32."""
+        state, runner = self.state, self.runner
+        inputs = state.dense[window.start] if self.config.reconstruction_input == "dense" else state.sparse
+        pairs = {source: (inputs[source], targets[source]) for source in inputs}
+        modules = [runner.blocks[i] for i in window]
+        masks = {p: mask for i in window for p, mask in parameter_masks(runner.blocks[i], self.found.views[i], self._masks(i)).items()}
+        dtypes = [(t, t.dtype) for m in modules for t in (*m.parameters(), *m.buffers())]
+        self._prepare(inputs)
+        for module in modules:
+            module.float()
+
+        def on_epoch(epoch: int, rows: list[tuple[int, str, float]]) -> None:
+            state.training += [(label(window), *row) for row in rows]
+            self._tell("on_epoch_end", window, epoch)
+
+        trainer = Trainer(
+            modules, lambda x: runner.through(window, x), masks, self.config,
+            precision=self.precision, where=f"block {label(window)}", stream=self.done,
+        )  # fmt: skip
+        trained = trainer.fit({s: p for s, p in pairs.items() if s in TRAINED}, {s: p for s, p in pairs.items() if s not in TRAINED}, on_epoch)
+        for p, dtype in dtypes:
+            p.data = p.data.to(dtype)
+        if trained.skipped:
+            state.notes.append(f"Blocks {label(window)}: fp16 skipped {trained.skipped} steps whose gradients overflowed.")
+
+    def _masks(self, index: int) -> dict[str, Tensor]:
+        """Masks of a block by name in it."""
+        return {name.partition(".")[2]: mask for name, mask in self.state.masks.items() if name.startswith(f"{index}.")}
+
+    def _prepare(self, inputs: Mapping[str, Tensor]) -> None:
+        """Record how the model calls its blocks for every size that training and measuring will use, while the window is in the model's dtype."""
+        config, trained = self.config, [states for source, states in inputs.items() if source in TRAINED]
+        for states in inputs.values():
+            self.runner.prepare(_parts(len(states), config.batch_size), states.shape[1])
+        for step in _parts(sum(map(len, trained)), config.batch_size):
+            self.runner.prepare(_parts(step, config.micro_batch or config.batch_size), trained[0].shape[1])
+
+    @torch.no_grad()
+    def _prune_block(self, window: range, index: int) -> None:
+        """One forward through the block for its statistics, then all its matrices at once."""
+        groups = [[v for v in group if v.name in self.found.chosen] for group in self.found.groups[index]]
+        groups = [group for group in groups if group]
+        statistics = self._statistics(window, index, groups) if self.config.criterion != "magnitude" else {}
+        for group in groups:
+            masks = self._choose(index, group, statistics.get(group[0].name))
+            for view, mask in zip(group, masks, strict=True):
+                view.get().mul_(mask.view(torch.uint8)).add_(0)  # the sum makes plain zeros of minus zeros
+                self.state.masks[f"{index}.{view.name}"] = mask
+                self.state.zeros += mask.numel() - int(mask.count_nonzero())
+        self._keep_zeros(index)
+
+    def _choose(self, index: int, group: list[WeightView], seen: criteria.Statistics | None) -> list[Tensor]:
+        """Masks (out, in) of matrices that read the same input; SparseGPT changes the weights that are left as well."""
+        config, nm, notes = self.config, nm_pattern(self.config.pattern), self.state.notes
+        sparsities = [config.sparsity_of(self.found.full_name(index, v)) for v in group]
+        weights, zeros = [v.get().float() for v in group], [self.found.zeros(index, v) for v in group]
+        few = seen is not None and group[0].expert and seen.count < FEW_TOKENS * weights[0].shape[1]
+        if few:
+            notes.append(f"Block {index}, {group[0].name}: {seen.count} tokens for {weights[0].shape[1]} columns, so its mask is by magnitude.")
+        if config.criterion == "magnitude" or few:
+            return [criteria.magnitude_mask(w, s, nm, z) for w, s, z in zip(weights, sparsities, zeros, strict=True)]
+        if config.criterion == "wanda":
+            return [criteria.wanda_mask(w, seen, s, nm, z) for w, s, z in zip(weights, sparsities, zeros, strict=True)]
+        new, masks, raised = criteria.sparsegpt(weights, seen, sparsities, nm, damping=config.damping, column_block=config.column_block, zeros=zeros)
+        notes += [f"Block {index}, {', '.join(v.name for v in group)}: {note}" for note in raised]
+        for view, value in zip(group, new, strict=True):
+            view.get().copy_(value)
+        return masks
+
+    def _keep_zeros(self, index: int) -> None:
+        """Masks for the zeros of an earlier pruning in matrices that this call does not prune."""
+        views = {f"{index}.{v.name}": v for v in self.found.views[index]}
+        for name in self.found.kept - self.state.masks.keys():
+            if not name.startswith(f"{index}."):
+                continue
+            view = views.get(name)
+            self.state.masks[name] = (self.runner.blocks[index].get_parameter(name.partition(".")[2]) if view is None else view.get()) != 0
+            if view is not None:
+                self.state.zeros += int((~self.state.masks[name]).sum())
+
+    def _statistics(self, window: range, index: int, groups: list[list[WeightView]]) -> dict[str, criteria.Statistics]:
+        """Statistics of each distinct input of a block, by the name of its group's first view.
+
+        The calibration's hidden states stand before the window; they pass through the window's earlier blocks as they now are.
+        """
+        runner, hessian = self.runner, self.config.criterion == "sparsegpt"
+        statistics = {g[0].name: criteria.Statistics(g[0].get().shape[1], hessian=hessian, device=runner.device) for g in groups}
+
+        def seen(view: WeightView, x: Tensor, _: bool) -> None:
+            if view.name in statistics:
+                statistics[view.name].add(x.reshape(-1, x.shape[-1]))
+
+        dense = self.config.statistics_input == "dense"
+        states = self.state.dense[index]["calibration"] if dense else self.state.sparse["calibration"]
+        before = range(0) if dense else range(window.start, index)
+        with InputTap([group[0] for group in groups], seen):
+            runner.spread(lambda batch: runner.call(index, runner.through(before, batch)), states, self.config.batch_size)
+        for name, found in statistics.items():
+            if not torch.isfinite(found.square_sum).all():
+                raise FloatingPointError(f"The input of block {index}, {name} holds NaN or infinity on the calibration samples.")
+        return statistics
+
+    def _advance(self, position: int) -> None:
+        """Move both hidden states to `position`; each block passed has had its last training, so its error is measured."""
+        state, runner = self.state, self.runner
+        while state.position < position:
+            i = state.position
+            for source, states in state.sparse.items():
+                state.sparse = {**state.sparse, source: runner.advance([i], states, self.config.batch_size, in_place=True)}
+                measured = error(state.dense[i + 1][source], state.sparse[source])
+                if not math.isfinite(measured.mse):
+                    raise FloatingPointError(f"The error of block {i} on {source} is {measured.mse}; {finite_advice(runner.dtype)}.")
+                state.errors.append((i, source, *measured))
+            state.dense.pop(i, None)
+            state.masks = {name: mask for name, mask in state.masks.items() if not name.startswith(f"{i}.")}
+            self._check_pattern(i)
+            state.seen += sum(int((v.get() == 0).sum()) for v in self.found.views[i])
+            state.left.append(sum(int((p != 0).sum()) for p in runner.blocks[i].parameters()))
+            state.position = i + 1
+            self._tell("on_block_end", i)
+
+    def _check_pattern(self, index: int) -> None:
+        """Each group of M inputs of a finished block's pruned matrices has at most N weights left."""
+        nm = nm_pattern(self.config.pattern)
+        for view in self.found.views[index]:
+            if nm and view.name in self.found.chosen and int((view.get() != 0).unflatten(1, (-1, nm[1])).sum(-1).max()) > nm[0]:
+                raise RuntimeError(f"{self.found.full_name(index, view)} is not {nm[0]}:{nm[1]} along its inputs; this is a bug.")
+
+    def result(self, seconds: float, peak_memory: dict[str, int]) -> PruneResult:
+        """What was done, as `prune` returns it."""
+        state = self.state
+        return PruneResult(
+            errors=pd.DataFrame(state.errors, columns=["block", "source", *Errors._fields]),
+            training=pd.DataFrame(state.training, columns=["window", "epoch", "source", "loss"]),
+            sparsity=state.zeros / sum(math.prod(v.get().shape) for views in self.found.views for v in views),
+            seconds=state.earlier + seconds,
+            peak_memory=peak_memory,
+            notes=state.notes,
+            config=self.config,
+            per_parameter=self._per_parameter(),
+        )
+
+    def _per_parameter(self) -> float | None:
+        """Training scalars for each weight that is left in the largest window."""
+        if not self.config.trains:
+            return None
+        largest = max(sum(self.state.left[i] for i in window) for window in self.windows)
+        samples = sum(len(ids) for source, ids in self.sources.items() if source in TRAINED)
+        hidden = self.model.config.get_text_config().hidden_size
+        return overfit.per_parameter(samples, self.sources["calibration"].shape[1], hidden, largest)
 
 
 def _probes(sources: Mapping[str, Tensor]) -> list[Tensor]:
@@ -208,8 +405,15 @@ def _probes(sources: Mapping[str, Tensor]) -> list[Tensor]:
     return [samples[:2], samples[-2:].flip(1), *lengths.values()]  # turned round, so that it differs from the first whatever there is
 
 
-def _is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+@contextmanager
+def _out_of_memory(pruning: Pruning, window: range) -> Iterator[None]:
+    """One sentence with what to set, where memory does not suffice."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(error):
+            raise
+        raise RuntimeError(f"Out of memory in blocks {label(window)}; {_less_memory(pruning.runner, pruning.config, window)}.") from error
 
 
 def _less_memory(runner: Runner, config: PruneConfig, window: range) -> str:
@@ -226,517 +430,14 @@ def _less_memory(runner: Runner, config: PruneConfig, window: range) -> str:
     return f"train one block at a time with a technique without CR, instead of {len(window)}" if len(window) > 1 else "take fewer or shorter samples"
 
 
-def _say(live: overfit.Live, walk: Walk, bar: Progress) -> None:
-    """Warn the moment that held-out errors part from the calibration's, while there is time to stop; leave the errors for who watches."""
-    bar.keep("errors", walk.errors)
-    for text in live.look(walk.errors, walk.training):
-        walk.notes.append(text)
-        bar.say(text)
-
-
-def _begin(runner: Runner, sources: dict[str, Tensor], config: PruneConfig, notes: list[str]) -> Walk:
-    embedded = {source: runner.embed(ids, config.batch_size) for source, ids in sources.items()}
-    for source, states in embedded.items():
-        if not torch.isfinite(states).all():
-            raise FloatingPointError(f"There is NaN or infinity in the embeddings of {source}.")
-    embedded = store(embedded, STREAMS, runner.device)
-    return Walk(position=0, sparse=embedded, dense={0: embedded}, notes=list(notes))
-
-
-def _resume(
-    runner: Runner, saved: Checkpoint, record: dict[str, Any], sources: dict[str, Tensor], config: PruneConfig, dense_copies: dict[int, nn.Module]
-) -> Walk:
-    """The walk as it was after its last whole window; the model comes in dense and leaves with the finished blocks."""
-    position, pruned = record["walk"]["position"], record["walk"]["pruned"]
-    for i in range(position, pruned):
-        _hold(runner, i)
-    if _copies_needed(config):
-        dense_copies |= {i: copy.deepcopy(runner.blocks[i]) for i in range(position, pruned)}
-    streams = saved.streams(record)
-    if streams is None:  # lost or damaged: what flows to the window's start can be had again
-        embedded = _begin(runner, sources, config, []).sparse
-        dense = [embedded]
-        for i in range(pruned):
-            dense.append({s: runner.advance([i], x, config.batch_size) for s, x in dense[i].items()})
-        masks = saved.blocks(record, runner.blocks, runner.offload)
-        sparse = {s: _one_by_one(runner, range(position), x, config) for s, x in embedded.items()}
-        streams = {"sparse": sparse, "dense": {i: dense[i] for i in range(position, pruned + 1)}}
-    else:
-        masks = saved.blocks(record, runner.blocks, runner.offload)
-        streams = {
-            "sparse": store(streams["sparse"], STREAMS, runner.device),
-            "dense": {i: store(x, STREAMS, runner.device) for i, x in streams["dense"].items()},
-        }
-    return Walk(**{**record["walk"], **streams, "masks": masks})
-
-
-def _one_by_one(runner: Runner, indices: Iterable[int], states: Tensor, config: PruneConfig) -> Tensor:
-    """Stored states through several blocks, stored again after each as the walk does, so that the bits are the same."""
-    for i in indices:
-        states = runner.advance([i], states, config.batch_size)
-    return states
-
-
-def _copies_needed(config: PruneConfig) -> bool:
-    """Whether a block's dense self is needed after it was pruned: a target on the sparse stream, in a later window."""
-    return config.trains and config.target_stream == "sparse" and config.overlap_blocks > 0
-
-
-def _advance(runner: Runner, walk: Walk, position: int, config: PruneConfig, found: Found) -> None:
-    """Move both hidden states to `position`; each block passed has had its last training, so its error is measured."""
-    while walk.position < position:
-        i = walk.position
-        for source, states in walk.sparse.items():
-            walk.sparse = {**walk.sparse, source: runner.advance([i], states, config.batch_size, in_place=True)}
-            measured = error(walk.dense[i + 1][source], walk.sparse[source])
-            if not math.isfinite(measured.mse):
-                raise FloatingPointError(f"The error of block {i} on {source} is {measured.mse}; {finite_advice(runner.dtype)}.")
-            walk.errors.append((i, source, *measured))
-        walk.dense.pop(i, None)
-        walk.masks = {name: mask for name, mask in walk.masks.items() if not name.startswith(f"{i}.")}
-        _check_pattern(found, i, nm_pattern(config.pattern))
-        walk.seen += sum(int((v.get() == 0).sum()) for v in found.views[i])
-        walk.left.append(sum(int((p != 0).sum()) for p in runner.blocks[i].parameters()))
-        walk.position = i + 1
-        if runner.offload:
-            runner.offload.finish(i)
-
-
-def _check_pattern(found: Found, index: int, nm: tuple[int, int] | None) -> None:
-    """Each group of M inputs of a finished block's pruned matrices has at most N weights left."""
-    for view in found.views[index]:
-        if nm and view.name in found.chosen and int((view.get() != 0).unflatten(1, (-1, nm[1])).sum(-1).max()) > nm[0]:
-            raise RuntimeError(f"{found.full_name(index, view)} is not {nm[0]}:{nm[1]} along its inputs; this is a bug.")
-
-
-def _hold(runner: Runner, index: int) -> None:
-    if runner.offload:
-        runner.offload.hold(index)
-
-
-def _window(
-    runner: Runner,
-    walk: Walk,
-    window: range,
-    config: PruneConfig,
-    found: Found,
-    dense_copies: dict[int, nn.Module],
-    precision: str,
-    number: int,
-    bar: Progress,
-) -> None:
-    """Target, masks of the new blocks, training; the hidden states stand before `window`."""
-    for i in [i for i in dense_copies if i < window.start]:
-        del dense_copies[i]
-    for i in window:
-        _hold(runner, i)
-    new = [i for i in window if i >= walk.pruned]
-    for i in new:  # still dense: the dense stream passes through them now
-        last = i == walk.position and "dense" not in (config.statistics_input, config.reconstruction_input)  # use of what enters block i
-        before = walk.dense.pop(i) if last else walk.dense[i]
-        walk.dense[i + 1] = {s: runner.advance([i], x, config.batch_size, in_place=last and x is not walk.sparse[s]) for s, x in before.items()}
-    targets = _targets(runner, walk, window, config, dense_copies)
-    for i in new:
-        if _copies_needed(config):
-            dense_copies[i] = copy.deepcopy(runner.blocks[i])
-        _prune_block(runner, walk, window, i, config, found)
-        walk.pruned = i + 1
-    bar.step(block=window.stop - 1)
-    if config.trains:
-        _train(runner, walk, window, targets, config, found, precision, number, bar)
-
-
-def _targets(runner: Runner, walk: Walk, window: range, config: PruneConfig, dense_copies: dict[int, nn.Module]) -> dict[str, Tensor]:
-    """What the window is trained towards, per source: the dense hidden states (GP), or the dense window on the sparse ones."""
-    if not config.trains or config.target_stream == "dense":
-        return walk.dense[window.stop]
-    return {source: runner.advance(window, states, config.batch_size, dense_copies) for source, states in walk.sparse.items()}
-
-
-def _train(
-    runner: Runner,
-    walk: Walk,
-    window: range,
-    targets: dict[str, Tensor],
-    config: PruneConfig,
-    found: Found,
-    precision: str,
-    number: int,
-    bar: Progress,
-) -> None:
-    """Train the window in fp32."""
-    inputs = walk.dense[window.start] if config.reconstruction_input == "dense" else walk.sparse
-    pairs = {source: (inputs[source], targets[source]) for source in inputs}
-    modules = [runner.blocks[i] for i in window]
-    masks = _parameter_masks(runner, found, walk, window)
-    dtypes = [(t, t.dtype) for m in modules for t in (*m.parameters(), *m.buffers())]
-    _prepare(runner, inputs, config)
-    for module in modules:
-        module.float()
-    held_out = {s: p for s, p in pairs.items() if s not in ("calibration", "extra")}
-    measured = [*walk.training]
-
-    def on_epoch(epoch: int, rows: list[tuple[int, str, float]]) -> None:
-        measured.extend((_label(window), *row) for row in rows)
-        bar.keep("training", measured)
-        bar.step(int(epoch > 0), epoch=epoch, loss=rows[0][2])
-
-    trained = reconstruct(
-        modules,
-        lambda x: runner.through(window, x),
-        masks,
-        {s: p for s, p in pairs.items() if s in ("calibration", "extra")},
-        held_out,
-        config,
-        precision=precision,
-        where=f"block {_label(window)}",
-        stream=number,
-        on_epoch=on_epoch,
-    )
-    for p, dtype in dtypes:
-        p.data = p.data.to(dtype)
-    walk.training += [(_label(window), *row) for row in trained.losses]
-    if trained.skipped:
-        walk.notes.append(f"Blocks {_label(window)}: fp16 skipped {trained.skipped} steps whose gradients overflowed.")
-
-
-@torch.no_grad()
-def _prune_block(runner: Runner, walk: Walk, window: range, index: int, config: PruneConfig, found: Found) -> None:
-    """One forward through the block for its statistics, then all its matrices at once."""
-    nm = nm_pattern(config.pattern)
-    groups = [[v for v in group if v.name in found.chosen] for group in found.groups[index]]
-    groups = [g for g in groups if g]
-    statistics = _statistics(runner, walk, window, index, groups, config) if config.criterion != "magnitude" else {}
-    for group in groups:
-        sparsities = [config.sparsity_of(found.full_name(index, v)) for v in group]
-        weights, zeros = [v.get() for v in group], [found.zeros(index, v) for v in group]
-        seen = statistics.get(group[0].name)
-        few = seen is not None and group[0].expert and seen.count < FEW_TOKENS * weights[0].shape[1]
-        if config.criterion == "magnitude" or few:
-            masks = [criteria.magnitude_mask(w.float(), s, nm, z) for w, s, z in zip(weights, sparsities, zeros, strict=True)]
-        elif config.criterion == "wanda":
-            masks = [criteria.wanda_mask(w.float(), seen, s, nm, z) for w, s, z in zip(weights, sparsities, zeros, strict=True)]
-        else:
-            new, masks, notes = criteria.sparsegpt(
-                [w.float() for w in weights], seen, sparsities, nm, damping=config.damping, column_block=config.column_block, zeros=zeros
-            )
-            walk.notes += [f"Block {index}, {', '.join(v.name for v in group)}: {note}" for note in notes]
-            for w, value in zip(weights, new, strict=True):
-                w.copy_(value)
-        if few:
-            walk.notes.append(f"Block {index}, {group[0].name}: {seen.count} tokens for {weights[0].shape[1]} columns, so its mask is by magnitude.")
-        for view, w, mask in zip(group, weights, masks, strict=True):
-            w.mul_(mask.view(torch.uint8)).add_(0)  # the sum makes plain zeros of minus zeros
-            walk.masks[f"{index}.{view.name}"] = mask
-            walk.zeros += mask.numel() - int(mask.count_nonzero())
-    _keep_zeros(runner, walk, index, found)
-
-
-def _keep_zeros(runner: Runner, walk: Walk, index: int, found: Found) -> None:
-    """Masks for the zeros of an earlier pruning in matrices that this call does not prune."""
-    views = {f"{index}.{v.name}": v for v in found.views[index]}
-    for name in found.kept - walk.masks.keys():
-        if not name.startswith(f"{index}."):
-            continue
-        view = views.get(name)
-        walk.masks[name] = (runner.blocks[index].get_parameter(name.partition(".")[2]) if view is None else view.get()) != 0
-        if view is not None:
-            walk.zeros += int((~walk.masks[name]).sum())
-
-
-def _statistics(
-    runner: Runner, walk: Walk, window: range, index: int, groups: list[list[WeightView]], config: PruneConfig
-) -> dict[str, criteria.Statistics]:
-    """Statistics of each distinct input of a block, by the name of its group's first view.
-
-    The calibration stream stands before the window; it passes through the window's earlier blocks as they now are.
-    """
-    first = {group[0].name: group for group in groups}
-    device, hessian = runner.device, config.criterion == "sparsegpt"
-    statistics = {name: criteria.Statistics(group[0].get().shape[1], hessian=hessian, device=device) for name, group in first.items()}
-
-    def seen(view: WeightView, x: Tensor, _: bool) -> None:
-        if view.name in statistics:
-            statistics[view.name].add(x.reshape(-1, x.shape[-1]))
-
-    dense = config.statistics_input == "dense"
-    states = walk.dense[index]["calibration"] if dense else walk.sparse["calibration"]
-    before = range(0) if dense else range(window.start, index)
-    with InputTap([group[0] for group in groups], seen):
-        runner.spread(lambda batch: runner.call(index, runner.through(before, batch)), states, config.batch_size)
-    for name, found in statistics.items():
-        if not torch.isfinite(found.square_sum).all():
-            raise FloatingPointError(f"The input of block {index}, {name} holds NaN or infinity on the calibration samples.")
-    return statistics
-
-
-@dataclass
-class Found:
-    """The prunable matrices of every block, and which of them read the same input."""
-
-    prefix: str
-    views: list[list[WeightView]]
-    groups: list[list[list[WeightView]]]
-    chosen: set[str]
-    notes: list[str]
-    kept: set[str]
-    "Names (with block) of the matrices whose zeros stay zero."
-
-    def full_name(self, index: int, view: WeightView) -> str:
-        return f"{self.prefix}.{index}.{view.name}"
-
-    def zeros(self, index: int, view: WeightView) -> Tensor | None:
-        """The entries (out, in) that stay zero, None where all may change."""
-        return view.get() == 0 if f"{index}.{view.name}" in self.kept else None
-
-
-class _Seen:
-    """What one forward of the model shows: which matrices are used, how they lie in memory, and which of them read the same input."""
-
-    def __init__(self, per_block: list[list[WeightView]]) -> None:
-        self.per_block = per_block
-        self.groups: list[list[list[WeightView]]] = [[] for _ in per_block]
-        self.straight: dict[int, bool] = {}
-        "id(parameter) → stored as (out, in)."
-        self._owner = {id(v): i for i, views in enumerate(per_block) for v in views}
-        self._alive: list[tuple[Tensor, list[WeightView]]] = []  # inputs of the running block and their readers; all blocks' would take gigabytes
-        self._running = -1
-        self._used: set[int] = set()
-        self._alone: set[int] = set()
-
-    def product(self, view: WeightView, x: Tensor, as_stored: bool) -> None:
-        self.straight[id(view.parameter)] = as_stored
-        block = self._owner[id(view)]
-        if block != self._running:
-            self._alive.clear()
-            self._running = block
-        group = next((g for known, g in self._alive if known is x), None)
-        if group is not None and view in group:
-            return
-        if id(view) in self._used:  # it reads several inputs: its statistics are the sums over all of them, and nobody else's
-            self._alone.add(id(view))
-            return
-        self._used.add(id(view))
-        if group is None:
-            group = []
-            self._alive.append((x, group))
-            self.groups[block].append(group)
-        group.append(view)
-
-    def used(self, view: WeightView) -> bool:
-        return id(view) in self._used
-
-    def known(self, view: WeightView) -> bool:
-        """Whether it is known how the matrix lies in memory: a linear layer's by its type, an expert's by a product."""
-        return view.index is None or id(view.parameter) in self.straight
-
-    def turned(self, view: WeightView) -> WeightView:
-        """The view as (out, in), as the products show it."""
-        return view if self.straight.get(id(view.parameter), not view.transposed) != view.transposed else view.turned()
-
-    def readers(self, index: int) -> list[list[WeightView]]:
-        """The matrices of a block, those that read one tensor together."""
-        together = [[v for v in group if id(v) not in self._alone] for group in self.groups[index]]
-        alone = [[v] for v in self.per_block[index] if not self.used(v) or id(v) in self._alone]
-        return [[self.turned(v) for v in group] for group in [*together, *alone] if group]
-
-    def learn_experts(self) -> None:
-        """Give experts that got no token the layout of those with the same name in other blocks."""
-        by_name = {_expert_name(v): self.straight[id(v.parameter)] for row in self.per_block for v in row if v.index is not None and self.known(v)}
-        for row in self.per_block:
-            for v in row:
-                if not self.known(v) and _expert_name(v) in by_name:
-                    self.straight[id(v.parameter)] = by_name[_expert_name(v)]
-
-
-def _expert_name(view: WeightView) -> str:
-    return view.name.rpartition(".")[0]
-
-
-def find(runner: Runner, ids: Tensor, config: PruneConfig) -> Found:
-    """Watch one forward of the model: which matrices are used, how they are laid out and which share an input.
-
-    Raises:
-        ConfigError: a chosen matrix that cannot be pruned so: its product is not seen, so that no statistics could be had for it, or
-            its layout is not known; a sparsity pattern that does not divide a matrix; a pattern of `layers` or `layer_sparsity` that
-            matches no matrix; parameters that two blocks share.
-        FloatingPointError: a weight is NaN or infinite.
-    """
-    name, per_block, dense = blocks(runner.model)[0], [], set()
-    check_shared(runner.model, name, runner.blocks)
-    for block in runner.blocks:
-        views, left = weight_views(block)
-        per_block.append(views)
-        dense |= set(left)
-    _check_patterns(name, per_block, config)
-    seen, kept = _Seen(per_block), {}
-    tap = InputTap((), seen.product)
-
-    def entered(index: int, block: nn.Module) -> None:
-        _check_finite(index, block)
-        kept.update(_zeros_kept(index, block, per_block[index], config))
-        tap.watch(per_block[index])
-
-    handles = [b.register_forward_pre_hook(lambda m, _, i=i: entered(i, m)) for i, b in enumerate(runner.blocks)]
-    try:
-        runner.record(ids, tap)
-    finally:
-        for handle in handles:
-            handle.remove()
-    seen.learn_experts()
-    views = [[seen.turned(v) for v in row] for row in per_block]
-    chosen = {v.name for row in views for v in row if _wanted(v, config)}
-    if not chosen:
-        raise ConfigError(f"layers is {config.layers!r}, which matches none of: {', '.join(sorted({v.name for row in views for v in row})[:12])}.")
-    _check_chosen(name, seen, chosen, config)
-    _check_divides(name, views, chosen, nm_pattern(config.pattern))
-    notes = [f"Left dense inside the blocks: {', '.join(sorted(dense))}."] if dense else []
-    if kept:
-        zeros, entries = (sum(values) for values in zip(*kept.values(), strict=True))
-        notes.append(
-            f"Zeros of an earlier pruning stay zero in {len(kept)} matrices ({zeros / entries:.1%} of their entries), such as "
-            f"{next(iter(kept))}; keep_zeros=False lets them change."
-        )
-    return Found(name, views, [seen.readers(i) for i in range(len(views))], chosen, notes, set(kept))
-
-
-def _check_finite(index: int, block: nn.Module) -> None:
-    for name, p in block.named_parameters():
-        if not bool(torch.isfinite(p).all()):
-            raise FloatingPointError(f"The weight {name} of block {index} holds NaN or infinity before anything is pruned; load another copy.")
-
-
-def _zeros_kept(index: int, block: nn.Module, views: list[WeightView], config: PruneConfig) -> dict[str, tuple[int, int]]:
-    """Name → (zeros, entries) of the matrices of a block whose zeros stay zero, pruned by this call or not."""
-    if config.keep_zeros is False:
-        return {}
-    held = {id(v.parameter) for v in views}
-    matrices = {v.name: v.get() for v in views} | {n: p.detach().flatten(1) for n, p in block.named_parameters() if p.ndim > 1 and id(p) not in held}
-    found = {}
-    for name, matrix in matrices.items():
-        zeros = int((matrix == 0).sum())
-        if zeros and (config.keep_zeros is True or criteria.pruned_before(matrix)):
-            found[f"{index}.{name}"] = zeros, matrix.numel()
-    return found
-
-
-def _check_chosen(prefix: str, seen: _Seen, chosen: set[str], config: PruneConfig) -> None:
-    """Each chosen matrix has what its criterion needs: inputs, or at least a known layout."""
-    statistics, pattern = config.criterion != "magnitude", nm_pattern(config.pattern)
-
-    def usable(view: WeightView) -> bool:
-        if statistics:
-            return seen.known(view) and (seen.used(view) or view.expert)
-        return pattern is None or seen.known(view)
-
-    refused = [(i, v) for i, row in enumerate(seen.per_block) for v in row if v.name in chosen and not usable(v)]
-    if refused:
-        index, view = refused[0]
-        others = sorted(chosen - {v.name for _, v in refused})
-        way = f"prune the others, layers={tuple(others)!r}" if others else "no other matrix can be pruned so"
-        lacks = f"{config.criterion} has no inputs to choose by" if statistics else f"{config.pattern} cannot be laid along its inputs"
-        raise ConfigError(f"{prefix}.{index}.{view.name} is not used in a matrix product that can be watched, so {lacks}; {way}.")
-
-
-def _check_divides(prefix: str, views: list[list[WeightView]], chosen: set[str], nm: tuple[int, int] | None) -> None:
-    for i, row in enumerate(views):
-        for v in row:
-            if nm and v.name in chosen and v.get().shape[1] % nm[1]:
-                columns = f"{v.get().shape[1]} inputs, which {nm[1]} does not divide"
-                raise ConfigError(f"pattern is '{nm[0]}:{nm[1]}', but {prefix}.{i}.{v.name} has {columns}.")
-
-
-def _check_patterns(prefix: str, per_block: list[list[WeightView]], config: PruneConfig) -> None:
-    """A pattern that matches nothing is a slip of the pen, and not a wish for nothing."""
-    inside = {v.name: None for row in per_block for v in row}
-    full = {f"{prefix}.{i}.{v.name}": None for i, row in enumerate(per_block) for v in row}
-    patterns = config.layers if isinstance(config.layers, tuple) else ()
-    for field_name, names, possible in (("layers", patterns, inside), ("layer_sparsity", config.layer_sparsity, full)):
-        for pattern in names:
-            if not any(fnmatch.fnmatchcase(n, pattern) for n in possible):
-                raise ConfigError(f"{field_name} has the pattern {pattern!r}, which matches none of: {', '.join(list(possible)[:12])}.")
-
-
-def _wanted(view: WeightView, config: PruneConfig) -> bool:
-    if isinstance(config.layers, tuple):
-        return any(fnmatch.fnmatchcase(view.name, pattern) for pattern in config.layers)
-    return config.layers == "all" or view.attention == (config.layers == "attention")
-
-
-def _parameter_masks(runner: Runner, found: Found, walk: Walk, window: range) -> dict[nn.Parameter, Tensor]:
-    """Masks in the layout of the parameters that hold the matrices."""
-    masks: dict[nn.Parameter, Tensor] = {}
-    for i in window:
-        views = {f"{i}.{v.name}": v for v in found.views[i]}
-        for name, mask in walk.masks.items():
-            if not name.startswith(f"{i}."):
-                continue
-            view = views.get(name)
-            if view is None:
-                masks[runner.blocks[i].get_parameter(name.partition(".")[2])] = mask
-                continue
-            mask = mask.t() if view.transposed else mask
-            if view.index is None:
-                masks[view.parameter] = mask
-            else:
-                masks.setdefault(view.parameter, torch.ones_like(view.parameter, dtype=torch.bool))[view.index] = mask
-    return masks
-
-
-def _verify(layers: nn.ModuleList, walk: Walk) -> None:
+def _verify(pruning: Pruning) -> None:
     """Every block was pruned, and its matrices hold at least the zeros that the masks put there."""
-    if walk.pruned != len(layers) or walk.seen < walk.zeros:
-        were = f"{walk.pruned} of {len(layers)} blocks were pruned and {walk.seen} of {walk.zeros} masked weights are zero"
+    state, count = pruning.state, len(pruning.runner.blocks)
+    if state.pruned != count or state.seen < state.zeros:
+        were = f"{state.pruned} of {count} blocks were pruned and {state.seen} of {state.zeros} masked weights are zero"
         raise RuntimeError(f"{were}; this is a bug.")
-    if {b for b, *_ in walk.errors} != set(range(len(layers))):
+    if {b for b, *_ in state.errors} != set(range(count)):
         raise RuntimeError("Not every block's error was measured; this is a bug.")
-
-
-def _check(model: nn.Module, samples: Tensor, config: PruneConfig, extra: Tensor | None, held_out: Mapping[str, Tensor] | None) -> None:
-    check_one_process()
-    if not isinstance(config, PruneConfig):
-        raise ConfigError(f"config is a {type(config).__name__}; it must be a PruneConfig, such as rk.PruneConfig(**values).")
-    if held_out is not None and not isinstance(held_out, Mapping):
-        raise ConfigError(f'held_out is a {type(held_out).__name__}; it must be a mapping of names to samples, such as {{"wiki": samples}}.')
-    check_adapters(model)
-    vocabulary = model.get_input_embeddings().num_embeddings
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    for name, ids in {"samples": samples, "extra": extra, **{f"held_out[{k}]": v for k, v in (held_out or {}).items()}}.items():
-        if ids is None:
-            continue
-        if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.is_floating_point() or not ids.numel():
-            raise ConfigError(f"{name} must be a tensor of token ids (samples, tokens), not {getattr(ids, 'shape', type(ids).__name__)}.")
-        if int(ids.min()) < 0 or int(ids.max()) >= vocabulary:
-            raise ConfigError(f"{name} holds token {int(ids.max())}, beyond the model's vocabulary of {vocabulary}: another model's tokenizer?")
-        if limit and ids.shape[1] > limit:
-            raise ConfigError(f"{name} has {ids.shape[1]} tokens a sample, more than the model's context of {limit}.")
-    trained = {tuple(row) for ids in (samples, extra) if held_out and ids is not None for row in ids.tolist()}
-    for name, ids in (held_out or {}).items():
-        if name in ("calibration", "extra"):
-            raise ConfigError(f"A held-out set cannot be called {name!r}, the name of a training source.")
-        if again := sum(tuple(row) in trained for row in ids.tolist()):
-            several = f"{again} of the {len(ids)} samples of held_out[{name}]"
-            raise ConfigError(f"{several} are trained on, too; a file has no splits, so hold out another one.")
-    if extra is not None and extra.shape[1] != samples.shape[1]:
-        raise ConfigError(f"extra has {extra.shape[1]} tokens a sample and samples {samples.shape[1]}; they are trained together and must agree.")
-    if config.early_stopping is not None and not held_out:
-        raise ConfigError("early_stopping needs held_out samples to watch.")
-    if any(p.is_meta for p in model.parameters()):
-        raise ConfigError("The model has weights that are not loaded (on the meta device).")
-
-
-def _epochs(config: PruneConfig, sources: Mapping[str, Tensor]) -> int:
-    per_epoch = math.ceil(sum(len(sources[s]) for s in ("calibration", "extra") if s in sources) / config.batch_size)
-    return config.epochs if config.steps is None else math.ceil(config.steps / per_epoch)
-
-
-def _prepare(runner: Runner, inputs: Mapping[str, Tensor], config: PruneConfig) -> None:
-    """Record how the model calls its blocks for every size that training and measuring will use, while the window is in the model's dtype."""
-    trained = [states for source, states in inputs.items() if source in ("calibration", "extra")]
-    for states in inputs.values():
-        runner.prepare(_parts(len(states), config.batch_size), states.shape[1])
-    for step in _parts(sum(map(len, trained)), config.batch_size):
-        runner.prepare(_parts(step, config.micro_batch or config.batch_size), trained[0].shape[1])
 
 
 def _parts(count: int, size: int) -> set[int]:
@@ -744,22 +445,5 @@ def _parts(count: int, size: int) -> set[int]:
     return {min(count, size), count % size} - {0}
 
 
-def _label(window: range) -> str:
+def label(window: range) -> str:
     return "+".join(str(i) for i in window)
-
-
-class _eager_experts:
-    """Experts run one by one for the walk, so that each expert's product can be seen."""
-
-    def __init__(self, model: nn.Module) -> None:
-        configs = {id(m.config): m.config for m in model.modules() if getattr(m, "config", None) is not None}
-        self.configs = [c for c in configs.values() if getattr(c, "_experts_implementation", None) not in (None, "eager")]
-
-    def __enter__(self) -> None:
-        self.before = [c._experts_implementation for c in self.configs]
-        for c in self.configs:
-            c._experts_implementation = "eager"
-
-    def __exit__(self, *_: object) -> None:
-        for c, value in zip(self.configs, self.before, strict=True):
-            c._experts_implementation = value

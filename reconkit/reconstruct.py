@@ -1,4 +1,4 @@
-"""Training the kept weights of a window towards a target: a pure function of modules and tensors.
+"""Training the kept weights of a window towards a target.
 
 Minimises mean((g(m ⊙ w; x) − target)²) over all scalars (paper, section 2) with AdamW (betas 0.9, 0.95, no weight
 decay) and a learning rate that falls linearly to zero. Everything in the window is trained, norms and biases too;
@@ -11,7 +11,8 @@ import json
 import math
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -41,132 +42,149 @@ class Trained:
     "The epoch whose weights were kept, when early stopping was asked for."
 
 
-def reconstruct(
-    modules: Sequence[nn.Module],
-    forward: Callable[[Tensor], Tensor],
-    masks: Mapping[nn.Parameter, Tensor],
-    training: Mapping[str, tuple[Tensor, Tensor]],
-    held_out: Mapping[str, tuple[Tensor, Tensor]],
-    config: PruneConfig,
-    *,
-    precision: str,
-    where: str,
-    stream: int = 0,
-    on_epoch: Callable[[int, list[tuple[int, str, float]]], None] | None = None,
-) -> Trained:
-    """Train `modules` in place.
+Pairs = Mapping[str, tuple[Tensor, Tensor]]
+"Per source (inputs, targets), each (N, T, H) stored anywhere."
+Rows = list[tuple[int, str, float]]
+"(epoch, source, loss)."
+
+
+class Trainer:
+    """Trains the modules of one window in place.
 
     Args:
         modules: the blocks of the window, in fp32, on their device.
         forward: (B, T, H) → (B, T, H) through the window as it now is.
         masks: True where a parameter's entry is kept, in the parameter's own layout; the others are zero, and stay so.
-        training: per source (inputs, targets), each (N, T, H) stored anywhere; all are trained on, shuffled together.
-        held_out: per source (inputs, targets) that only measure.
         precision: "fp32", "bf16" or "fp16" for the products; `resolve_precision` chooses.
         where: the window's name in messages, such as "block 3".
         stream: the window's place, so that each window shuffles differently under one seed.
-
-    Raises:
-        FloatingPointError: a loss is NaN or infinite; the message names window and epoch.
     """
-    device = next(modules[0].parameters()).device
-    batch, micro = config.batch_size, config.micro_batch or config.batch_size
-    owner = [(name, i) for name, (x, _) in training.items() for i in range(len(x))]
-    per_epoch = math.ceil(len(owner) / batch)
-    total = config.steps if config.steps is not None else config.epochs * per_epoch
-    parameters = [p for m in modules for p in m.parameters()]
-    kept = [(p, mask.view(torch.uint8)) for p, mask in masks.items()]  # products with bytes are faster than with bools
-    flags = [p.requires_grad for p in parameters]
-    for p in parameters:
-        p.requires_grad_(True)
-    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=device.type in ("cuda", "cpu"))
-    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-    run = (lambda x: recomputed(forward, x, use_reentrant=False)) if config.recompute else forward
 
-    def parts(chosen: list[tuple[str, int]]) -> list[list[tuple[str, int]]]:
-        return [chosen[i : i + micro] for i in range(0, len(chosen), micro)]
+    def __init__(
+        self,
+        modules: Sequence[nn.Module],
+        forward: Callable[[Tensor], Tensor],
+        masks: Mapping[nn.Parameter, Tensor],
+        config: PruneConfig,
+        *,
+        precision: str,
+        where: str,
+        stream: int = 0,
+    ) -> None:
+        self.forward, self.config, self.precision, self.where, self.stream = forward, config, precision, where, stream
+        self.parameters = [p for m in modules for p in m.parameters()]
+        self.masks = [(p, mask.view(torch.uint8)) for p, mask in masks.items()]  # products with bytes are faster than with bools
+        self.device = self.parameters[0].device
+        self.result = Trained([])
+        self.done = self.total = 0
+        self._best: tuple[float, list[Tensor]] | None = None
 
-    def put(rows: list[tuple[str, int]]) -> tuple[Tensor, ...]:
-        # one by one, because only what lies in pinned memory is copied while the GPU works
-        return tuple(torch.stack([training[name][side][i].to(device, non_blocking=True) for name, i in rows]) for side in (0, 1))
+    def fit(self, training: Pairs, held_out: Pairs, on_epoch: Callable[[int, Rows], None] | None = None) -> Trained:
+        """Train on all samples of `training`, shuffled together; `held_out` only measures.
+
+        Raises:
+            FloatingPointError: a loss is NaN or infinite; the message names window and epoch.
+        """
+        owner = [(name, i) for name, (x, _) in training.items() for i in range(len(x))]
+        per_epoch = math.ceil(len(owner) / self.config.batch_size)
+        self.total = self.config.steps if self.config.steps is not None else self.config.epochs * per_epoch
+        flags = [p.requires_grad for p in self.parameters]
+        self._set_up()
+        epoch = 0
+        self._record([(0, name, self.evaluate(*pair)) for name, pair in {**training, **held_out}.items()], training, on_epoch)
+        stop = self._stops_early(0, held_out)
+        while self.done < self.total and not stop:
+            epoch += 1
+            rows = [(epoch, name, loss) for name, loss in self._epoch(epoch, owner, training).items()]
+            rows += [(epoch, name, self.evaluate(*pair)) for name, pair in held_out.items()]
+            self._record(rows, training, on_epoch)
+            stop = self._stops_early(epoch, held_out)
+        with torch.no_grad():
+            for p, value in zip(self.parameters, self._best[1] if self._best else [], strict=False):
+                p.copy_(value)
+        for p, flag in zip(self.parameters, flags, strict=True):
+            p.requires_grad_(flag)
+            p.grad = None
+        return self.result
+
+    def _set_up(self) -> None:
+        for p in self.parameters:
+            p.requires_grad_(True)
+        fused = self.device.type in ("cuda", "cpu")
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=self.config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=fused)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
+
+    def _epoch(self, epoch: int, owner: list[tuple[str, int]], training: Pairs) -> dict[str, float]:
+        """One pass over the samples in an order of its own: mean loss per source, over the steps."""
+        batch, micro = self.config.batch_size, self.config.micro_batch or self.config.batch_size
+        seed = _seed(self.config.seed, self.stream, epoch)
+        order = torch.randperm(len(owner), generator=torch.Generator().manual_seed(seed)).tolist()
+        batches = [[owner[i] for i in order[start : start + batch]] for start in range(0, len(order), batch)][: self.total - self.done]
+        parts = [[chosen[i : i + micro] for i in range(0, len(chosen), micro)] for chosen in batches]
+
+        def put(rows: list[tuple[str, int]]) -> tuple[Tensor, ...]:
+            # one by one, because only what lies in pinned memory is copied while the GPU works
+            return tuple(torch.stack([training[name][side][i].to(self.device, non_blocking=True) for name, i in rows]) for side in (0, 1))
+
+        ready = fetched((partial(put, rows) for mine in parts for rows in mine), self.device)
+        sums = {name: torch.zeros((), device=self.device) for name in training}
+        for mine in parts:
+            self._step(mine, ready, sums)
+        counts = Counter(name for chosen in batches for name, _ in chosen)
+        totals = torch.stack(list(sums.values())).tolist()
+        return {name: total / counts[name] for name, total in zip(sums, totals, strict=True) if counts[name]}
+
+    def _step(self, parts: list[list[tuple[str, int]]], ready: Iterator[tuple[Tensor, ...]], sums: dict[str, Tensor]) -> None:
+        """One optimiser step over the micro-batches `parts`; their losses are added to `sums`."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.learning_rate * (1 - (self.done - self.result.skipped) / self.total)
+        samples = sum(map(len, parts))
+        for rows in parts:
+            losses = self._losses(*next(ready), recompute=self.config.recompute)  # (B,)
+            self.scaler.scale(losses.sum() / samples).backward()
+            for (name, _), value in zip(rows, losses.detach(), strict=True):
+                sums[name] += value
+        for p, ones in self.masks:  # without a gradient AdamW leaves a zero at zero
+            if p.grad is not None:
+                p.grad.mul_(ones)
+        if self.config.gradient_clip is not None:
+            self.scaler.unscale_(self.optimizer)
+            torch.nn.utils.clip_grad_norm_(self.parameters, self.config.gradient_clip)
+        before = self.scaler.get_scale()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.result.skipped += int(self.scaler.get_scale() < before)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.done += 1
 
     @torch.no_grad()
-    def loss_of(inputs: Tensor, targets: Tensor) -> float:
-        pairs = list(zip(inputs.split(batch), targets.split(batch), strict=True))
-        batches = fetched((lambda pair=pair: tuple(side.to(device, non_blocking=True) for side in pair) for pair in pairs), device)
-        losses = [_loss(forward, x, y, device, precision) * len(x) for x, y in batches]
+    def evaluate(self, inputs: Tensor, targets: Tensor) -> float:
+        """Mean loss over samples (N, T, H)."""
+        pairs = list(zip(inputs.split(self.config.batch_size), targets.split(self.config.batch_size), strict=True))
+        batches = fetched((lambda pair=pair: tuple(side.to(self.device, non_blocking=True) for side in pair) for pair in pairs), self.device)
+        losses = [self._losses(x, y).mean() * len(x) for x, y in batches]
         return float(torch.stack(losses).sum()) / len(inputs)
 
-    result = Trained([(0, name, loss_of(*pair)) for name, pair in {**training, **held_out}.items()])
-    stored = next(iter(training.values()))[0].dtype
-    _finite(result.losses, where, precision, stored)
-    best, best_state, done, epoch = math.inf, None, 0, 0
-    if config.early_stopping is not None:  # training that never helps leaves the weights as they were
-        best = sum(loss for _, name, loss in result.losses if name in held_out) / len(held_out)
-        best_state, result.best_epoch = [p.detach().clone() for p in parameters], 0
-    if on_epoch:
-        on_epoch(0, result.losses)
-    while done < total:
-        epoch += 1
-        order = torch.randperm(len(owner), generator=torch.Generator().manual_seed(_seed(config.seed, stream, epoch))).tolist()
-        sums = {name: [torch.zeros((), device=device), 0] for name in training}
-        batches = [[owner[i] for i in order[start : start + batch]] for start in range(0, len(order), batch)][: total - done]
-        dealt = [parts(chosen) for chosen in batches]
-        ready = fetched((partial(put, rows) for mine in dealt for rows in mine), device)
-        for chosen, mine in zip(batches, dealt, strict=True):
-            for group in optimizer.param_groups:
-                group["lr"] = config.learning_rate * (1 - (done - result.skipped) / total)
-            for rows in mine:
-                losses = _sample_losses(run, *next(ready), device, precision)
-                scaler.scale(losses.sum() / len(chosen)).backward()
-                for (name, _), value in zip(rows, losses.detach(), strict=True):
-                    sums[name][0] += value
-            for name, _ in chosen:
-                sums[name][1] += 1
-            for p, ones in kept:  # without a gradient AdamW leaves a zero at zero
-                if p.grad is not None:
-                    p.grad.mul_(ones)
-            if config.gradient_clip is not None:
-                scaler.unscale_(optimizer)
-                torch.nn.utils.clip_grad_norm_(parameters, config.gradient_clip)
-            before = scaler.get_scale()
-            scaler.step(optimizer)
-            scaler.update()
-            result.skipped += int(scaler.get_scale() < before)
-            optimizer.zero_grad(set_to_none=True)
-            done += 1
-        totals = torch.stack([total_loss for total_loss, _ in sums.values()]).tolist()
-        rows = [(epoch, name, total_loss / n) for total_loss, (name, (_, n)) in zip(totals, sums.items(), strict=True) if n]
-        rows += [(epoch, name, loss_of(*pair)) for name, pair in held_out.items()]
-        _finite(rows, where, precision, stored)
-        result.losses += rows
+    def _losses(self, x: Tensor, y: Tensor, *, recompute: bool = False) -> Tensor:
+        """(B,) mean squared error of each sample, in fp32."""
+        with autocast(self.device, self.precision):
+            out = recomputed(self.forward, x.float(), use_reentrant=False) if recompute else self.forward(x.float())  # (B, T, H)
+        return (out.float() - y.float()).square().mean(dim=tuple(range(1, out.ndim)))
+
+    def _record(self, rows: Rows, training: Pairs, on_epoch: Callable[[int, Rows], None] | None) -> None:
+        _finite(rows, self.where, self.precision, next(iter(training.values()))[0].dtype)
+        self.result.losses += rows
         if on_epoch:
-            on_epoch(epoch, rows)
-        if config.early_stopping is not None:
-            held = sum(loss for _, name, loss in rows if name in held_out) / len(held_out)
-            if held < best:
-                best, result.best_epoch = held, epoch
-                best_state = [p.detach().clone() for p in parameters]
-            elif epoch - result.best_epoch >= config.early_stopping:
-                break
-    with torch.no_grad():
-        for p, best_value in zip(parameters, best_state or [], strict=False):
-            p.copy_(best_value)
-    for p, flag in zip(parameters, flags, strict=True):
-        p.requires_grad_(flag)
-        p.grad = None
-    return result
+            on_epoch(rows[0][0], rows)
 
-
-def _sample_losses(forward: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, device: torch.device, precision: str) -> Tensor:
-    """(B,) mean squared error of each sample, in fp32."""
-    with autocast(device, precision):
-        out = forward(x.float())
-    return (out.float() - y.float()).square().mean(dim=tuple(range(1, out.ndim)))
-
-
-def _loss(forward: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, device: torch.device, precision: str) -> Tensor:
-    return _sample_losses(forward, x, y, device, precision).mean()
+    def _stops_early(self, epoch: int, held_out: Pairs) -> bool:
+        """Keep the weights of the best epoch so far, the one before training included; whether it is too long ago."""
+        if self.config.early_stopping is None:
+            return False
+        held = sum(loss for e, name, loss in self.result.losses if e == epoch and name in held_out) / len(held_out)
+        if self._best is None or held < self._best[0]:
+            self._best, self.result.best_epoch = (held, [p.detach().clone() for p in self.parameters]), epoch
+        return epoch - self.result.best_epoch >= self.config.early_stopping
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:

@@ -37,6 +37,7 @@ from .streams import Errors
 
 ROOMS = (
     "assets",
+    "callbacks",
     "checkpoint",
     "config",
     "criteria",
@@ -46,6 +47,7 @@ ROOMS = (
     "likelihood",
     "models",
     "overfit",
+    "prunable",
     "pruning",
     "reconstruct",
     "runs",

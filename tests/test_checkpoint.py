@@ -72,7 +72,7 @@ def test_a_resumed_walk_counts_the_seconds_before(tmp_path: Path, monkeypatch: p
 
 def test_a_finished_walk_is_read_and_not_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = prune(tmp_path)
-    monkeypatch.setattr(pruning, "reconstruct", None)
+    monkeypatch.setattr(pruning, "Trainer", None)
     assert same(prune(tmp_path), first)
 
 

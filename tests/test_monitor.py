@@ -79,7 +79,7 @@ def test_dead_processes_and_numbers_used_again_are_not_running() -> None:
     for name in (str(os.getpid()), "abcdef", "abc", "mine"):
         assert monitor.running(name) == [state]
     assert monitor.running("other") == []
-    rows = [["errors", [b, "wiki", 0.1, nmse]] for b, nmse in ((5, 0.01), (6, 0.02))]
+    rows = [["errors", [b, "wiki", 0.1, nmse, nmse, nmse]] for b, nmse in ((5, 0.01), (6, 0.02))]
     rows += [["training", ["7", 0, "calibration", 0.5]], ["said", "news parts"]]
     progress.log(os.getpid()).write_text("".join(json.dumps(row) + "\n" for row in rows) + '["err')
     said = "\n".join(monitor.lines(state))

@@ -10,7 +10,7 @@ import families
 import pytest
 import torch
 
-from reconkit import evaluation, models, offload, pruning
+from reconkit import checkpoint, evaluation, models, offload, pruning
 from reconkit.config import ConfigError, PruneConfig
 
 CONFIGS = [
@@ -82,17 +82,17 @@ def test_a_killed_walk_continues(folder: Path, tmp_path: Path, monkeypatch: pyte
     config, ids = PruneConfig(technique="BR+GP+CR", epochs=1, batch_size=4), families.tokens(6, 16)
     expected = opened(folder, "a")
     pruning.prune(expected, ids, config, progress=False)
-    save, count = pruning.Checkpoint.save, []
+    save, count = checkpoint.Checkpoint.save, []
 
     def dies(self: Any, done: int, *args: Any) -> None:
         save(self, done, *args)
         if done == 3:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(pruning.Checkpoint, "save", dies)
+    monkeypatch.setattr(checkpoint.Checkpoint, "save", dies)
     with pytest.raises(KeyboardInterrupt):
         pruning.prune(opened(folder, "b"), ids, config, checkpoint=tmp_path / "state", progress=False)
-    monkeypatch.setattr(pruning.Checkpoint, "save", lambda self, done, *args: count.append(done) or save(self, done, *args))
+    monkeypatch.setattr(checkpoint.Checkpoint, "save", lambda self, done, *args: count.append(done) or save(self, done, *args))
     model = opened(folder, "c")
     pruning.prune(model, ids, config, checkpoint=tmp_path / "state", progress=False)
     assert count == [4, 5] and models.weights_sum(model) == models.weights_sum(expected)

@@ -12,7 +12,7 @@ import reference
 import torch
 from torch import nn
 
-from reconkit import criteria, models, pruning, streams
+from reconkit import criteria, models, prunable, pruning, streams
 from reconkit.config import ConfigError, PruneConfig
 from reconkit.pruning import prune, windows
 
@@ -151,13 +151,13 @@ def test_training_lowers_a_blocks_own_loss() -> None:
 def test_the_target_is_the_dense_block_on_its_own_stream(technique: str, stream: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """GP's target for block 1 is the dense block on dense input, BR's is the dense block on sparse input; the two differ."""
     given: list[tuple[torch.Tensor, torch.Tensor]] = []
-    real = pruning.reconstruct
+    real = pruning.Trainer.fit
 
-    def spy(modules: Any, forward: Any, masks: Any, training: Any, *rest: Any, **more: Any) -> Any:
+    def spy(self: Any, training: Any, *rest: Any) -> Any:
         given.append(tuple(t.clone() for t in training["calibration"]))
-        return real(modules, forward, masks, training, *rest, **more)
+        return real(self, training, *rest)
 
-    monkeypatch.setattr(pruning, "reconstruct", spy)
+    monkeypatch.setattr(pruning.Trainer, "fit", spy)
     model, dense_model = families.build("llama"), families.build("llama")
     prune(model, samples(), quick(technique=technique), progress=False)
     dense, sparse = (streams.Runner(m, models.blocks(m)[1]) for m in (dense_model, model))
@@ -173,22 +173,21 @@ def test_the_target_is_the_dense_block_on_its_own_stream(technique: str, stream:
 @pytest.mark.parametrize("technique", ["BR+GP+CR", "BR+CR"])
 def test_windows_of_two_train_every_block_twice_prune_it_once_and_advance_once(technique: str, monkeypatch: pytest.MonkeyPatch) -> None:
     trained, prunings, targets = [], [], []
-    real_train, real_prune = pruning.reconstruct, pruning._prune_block
+    real_train, real_prune = pruning.Pruning._train, pruning.Pruning._prune_block
     dense_model = families.build("llama")
     model = families.build("llama")
-    layers = list(models.blocks(model)[1])
 
-    def train(modules: Any, forward: Any, masks: Any, training: Any, *rest: Any, **more: Any) -> Any:
-        trained.append([next(i for i, b in enumerate(layers) if b is m) for m in modules])
-        targets.append(tuple(t.clone() for t in training["calibration"]))
-        return real_train(modules, forward, masks, training, *rest, **more)
+    def train(self: Any, window: range, given: Any) -> None:
+        trained.append([*window])
+        targets.append((self.state.sparse["calibration"].clone(), given["calibration"].clone()))
+        real_train(self, window, given)
 
-    def prune_block(runner: Any, walk: Any, window: range, index: int, *rest: Any) -> None:
-        prunings.append((index, walk.position))
-        real_prune(runner, walk, window, index, *rest)
+    def prune_block(self: Any, window: range, index: int) -> None:
+        prunings.append((index, self.state.position))
+        real_prune(self, window, index)
 
-    monkeypatch.setattr(pruning, "reconstruct", train)
-    monkeypatch.setattr(pruning, "_prune_block", prune_block)
+    monkeypatch.setattr(pruning.Pruning, "_train", train)
+    monkeypatch.setattr(pruning.Pruning, "_prune_block", prune_block)
     result = prune(model, samples(), quick(technique=technique), progress=False)
     assert trained == [[0], [0, 1], [1, 2], [2]]
     assert prunings == [(0, 0), (1, 0), (2, 1)], "a window prunes its newest block, from statistics of the stream before the window"
@@ -203,11 +202,11 @@ def test_windows_of_two_train_every_block_twice_prune_it_once_and_advance_once(t
 
 def test_statistics_of_a_windows_second_block_come_through_the_pruned_first(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[int, torch.Tensor] = {}
-    real, expected = pruning._statistics, {}
+    real, expected = pruning.Pruning._statistics, {}
 
-    def spy(runner: Any, walk: Any, window: range, index: int, groups: Any, config: Any, *rest: Any) -> Any:
-        found = real(runner, walk, window, index, groups, config, *rest)
-        x = walk.sparse["calibration"]
+    def spy(self: Any, window: range, index: int, groups: Any) -> Any:
+        found, runner = real(self, window, index, groups), self.runner
+        x = self.state.sparse["calibration"]
         with torch.no_grad():
             for i in range(window.start, index):
                 x = runner.call(i, x)
@@ -216,7 +215,7 @@ def test_statistics_of_a_windows_second_block_come_through_the_pruned_first(monk
         seen[index] = found["self_attn.q_proj"].square_sum
         return found
 
-    monkeypatch.setattr(pruning, "_statistics", spy)
+    monkeypatch.setattr(pruning.Pruning, "_statistics", spy)
     pruned(technique="BR+GP+CR", criterion="wanda")
     assert set(seen) == {0, 1, 2}
     for index in seen:
@@ -404,8 +403,8 @@ def test_finding_keeps_the_inputs_of_one_block_at_a_time(monkeypatch: pytest.Mon
 
             super().__init__(views, watch)
 
-    monkeypatch.setattr(pruning, "InputTap", Watched)
-    found = pruning.find(streams.Runner(model, models.blocks(model)[1]), samples(), quick())
+    monkeypatch.setattr(prunable, "InputTap", Watched)
+    found = prunable.find(streams.Runner(model, models.blocks(model)[1]), samples(), quick())
     assert set(inputs) == {0, 1, 2} and [[len(g) for g in groups] for groups in found.groups] == [[3, 1, 2, 1]] * 3
 
 
@@ -459,9 +458,9 @@ def test_out_of_memory_names_the_setting_and_its_value(values: dict[str, Any], s
     def full(*_: Any) -> None:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
 
-    monkeypatch.setattr(pruning, "_prune_block", full)
+    monkeypatch.setattr(pruning.Pruning, "_prune_block", full)
     with pytest.raises(RuntimeError, match=f"Out of memory in blocks 0; {said}"):
         pruned(**values)
-    monkeypatch.setattr(pruning, "_prune_block", lambda *_: [][0])
+    monkeypatch.setattr(pruning.Pruning, "_prune_block", lambda *_: [][0])
     with pytest.raises(IndexError):
         pruned(**values)

@@ -26,9 +26,8 @@ def pairs(count: int = 10, seed: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
 def train(module: nn.Module, masks: Any = None, held_out: Any = None, training: Any = None, **values: Any) -> rooms.Trained:
     config = PruneConfig(**{"technique": "BR", "epochs": 3, "batch_size": 4, "learning_rate": 0.01, **values})
     precision = values.get("precision", "fp32")
-    return rooms.reconstruct(
-        [module], module, masks or {}, training or {"calibration": pairs()}, held_out or {}, config, precision=precision, where="block 7"
-    )
+    trainer = rooms.Trainer([module], module, masks or {}, config, precision=precision, where="block 7")
+    return trainer.fit(training or {"calibration": pairs()}, held_out or {})
 
 
 def flat(module: nn.Module) -> torch.Tensor:

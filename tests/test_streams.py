@@ -10,7 +10,7 @@ import pytest
 import reference
 import torch
 
-from reconkit import models, pruning, streams
+from reconkit import models, prunable, pruning, streams
 from reconkit.config import PruneConfig
 
 
@@ -65,7 +65,7 @@ def test_nothing_is_left_behind() -> None:
 def test_every_product_with_a_prunable_matrix_is_seen(name: str) -> None:
     model, seen = families.build(name), set()
     views = [v for block in models.blocks(model)[1] for v in models.weight_views(block)[0]]
-    with pruning._eager_experts(model), streams.InputTap(views, lambda view, x, linear: seen.add(id(view))), torch.no_grad():
+    with prunable.eager_experts(model), streams.InputTap(views, lambda view, x, linear: seen.add(id(view))), torch.no_grad():
         model(input_ids=families.tokens(4, 32), use_cache=False)
     assert all(id(v) in seen for v in views if v.index is None)
     assert seen
