@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from . import offload
+from .assets import writing
 from .config import ConfigError, PruneConfig, to_dict
 
-ROOMS = ("checkpoint", "criteria", "models", "offload", "parallel", "pruning", "reconstruct", "streams")
+ROOMS = ("checkpoint", "config", "criteria", "fused", "models", "offload", "parallel", "pruning", "reconstruct", "streams")
 SUPERSEDED = 2  # windows after which an earlier version of a block is deleted: one step back stays possible
 
 
@@ -63,7 +63,6 @@ class Checkpoint:
                     f"checkpoint is {str(folder)!r}, begun with another {' and another '.join(differs)}; "
                     "name an empty folder, or load and ask for the same again."
                 )
-        path.mkdir(parents=True, exist_ok=True)
         _write(path / "key.json", json.dumps(key, indent=1).encode())
         return cls(path)
 
@@ -121,10 +120,9 @@ class Checkpoint:
             return None
 
     def _put(self, name: str, value: Any) -> tuple[str, str]:
-        partial = self.folder / f".{name}"
-        torch.save(value, partial)
-        found = _file_sum(partial)
-        os.replace(partial, self.folder / name)
+        with writing(self.folder / name) as partial:
+            torch.save(value, partial)
+            found = _file_sum(partial)
         return name, found
 
     def _whole(self, name: str, expected: str) -> bool:
@@ -133,9 +131,8 @@ class Checkpoint:
 
 
 def _write(file: Path, content: bytes) -> None:
-    partial = file.with_name(f".{file.name}")
-    partial.write_bytes(content)
-    os.replace(partial, file)
+    with writing(file) as partial:
+        partial.write_bytes(content)
 
 
 def _text_sum(text: str) -> str:

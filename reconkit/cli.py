@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from . import __version__
-from .config import CRITERIA, LAYERS, PRECISIONS, SELF, TECHNIQUES, ConfigError, PruneConfig, RunConfig, SelfGenConfig, require
+from .config import CRITERIA, LAYERS, PRECISIONS, SELF, TECHNIQUES, ConfigError, Faults, PruneConfig, RunConfig, SelfGenConfig, require
 
 # Flag of `prune` → how its word is read, and its help; defaults are those of `PruneConfig`.
 PRUNE_FLAGS: dict[str, tuple[Any, str]] = {
@@ -63,9 +63,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def sentence(error: Exception) -> str:
-    """An exception in one line; one that nobody wrote for a reader keeps its type's name."""
+    """An exception in one line, or a line for each of several faults; one that nobody wrote for a reader keeps its type's name."""
     if isinstance(error, OSError) and error.strerror:
         return ": ".join([*(str(f) for f in (error.filename,) if f), error.strerror])
+    if isinstance(error, Faults):
+        return str(error)
     text = " ".join(str(error).split())
     if isinstance(error, (ValueError, RuntimeError, OSError, ArithmeticError)) and text:
         return text
