@@ -105,7 +105,7 @@ class CannotWrite(OSError):
 def cannot_write(path: Path, error: Exception) -> CannotWrite:
     """The error for a `path` that could not be written."""
     number, reason = getattr(error, "errno", None) or errno.ENOSPC, getattr(error, "strerror", None) or " ".join(str(error).split())
-    other = "name another cache folder by RECONKIT_CACHE" if path.is_relative_to(cache_dir()) else "choose another folder"
+    other = "name another cache folder by RECONKIT_CACHE" if path.absolute().is_relative_to(cache_dir()) else "choose another folder"
     return CannotWrite(number, f"cannot be written ({reason}); make room or get the right to write there, or {other}", str(path))
 
 
@@ -230,6 +230,8 @@ def _download(name: str, wheel: Wheel, staging: Path) -> Path:
         errors="replace",
     )
     if done.returncode:
+        if os.strerror(errno.ENOSPC) in done.stderr:
+            raise cannot_write(staging.parent, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
         lines = done.stderr.strip().splitlines() or [f"pip ended with status {done.returncode}"]
         errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
         raise RuntimeError(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from . import offload
-from .assets import writing
+from .assets import remove, writing
 from .config import ConfigError, PruneConfig, to_dict
 
 ROOMS = ("checkpoint", "config", "criteria", "fused", "models", "offload", "parallel", "pruning", "reconstruct", "streams")
@@ -52,6 +53,9 @@ class Checkpoint:
             "configuration": json.loads(json.dumps({k: v for k, v in to_dict(config).items() if k != "overfit"})),  # which decides words only
             "code": code_hash(ROOMS),
         }
+        for left in path.glob(".*"):  # of a process that was killed while it wrote
+            if re.fullmatch(r"\.(key|window-\d+|block-\d+-\d+|streams-\d+)\.(json|pt)\.\d+", left.name):
+                remove(left)
         if path.is_dir() and any(path.iterdir()):
             try:
                 known = json.loads((path / "key.json").read_text())

@@ -184,15 +184,20 @@ def _from_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrai
 
 
 def _offline_folder() -> str:
-    """The offline model as a plain folder; restored from its 4 bits once, which takes about 20 seconds."""
+    """The offline model as a plain folder, restored from its 4 bits once, which takes about 20 seconds; where none can be kept, its .gguf file."""
     from filelock import FileLock
 
     folder = assets.cache_dir() / "models" / f"{OFFLINE}-float32"
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
-        if not (folder / "config.json").is_file():
-            file = next(assets.asset(OFFLINE_ASSET).rglob(OFFLINE_FILE))
-            save_model(*_from_gguf(file, torch.float32), folder)
+    if (folder / "config.json").is_file():
+        return str(folder)
+    file = next(assets.asset(OFFLINE_ASSET).rglob(OFFLINE_FILE))
+    try:
+        assets.writable(folder.parent)
+        with FileLock(f"{folder}.lock"):
+            if not (folder / "config.json").is_file():
+                save_model(*_from_gguf(file, torch.float32), folder)
+    except assets.CannotWrite:
+        return str(file)
     return str(folder)
 
 
@@ -239,12 +244,12 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
     folder.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        with _no_bars():
+        with _no_bars(), assets.disk(folder):
             if offload.of(model):
                 offload.save(model, staging / "new")
             else:
                 model.save_pretrained(staging / "new")
-        tokenizer.save_pretrained(staging / "new")
+            tokenizer.save_pretrained(staging / "new")
         if folder.exists():
             os.replace(folder, staging / "old")
         os.replace(staging / "new", folder)

@@ -292,7 +292,7 @@ def open_model(folder: Path, dtype: torch.dtype, device: str, blocks_folder: Pat
 
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     if getattr(config, "quantization_config", None):
-        raise ConfigError(f"{folder} holds quantized weights, which cannot be read one block at a time; name a checkpoint in float32, bfloat16 or float16.")
+        raise ConfigError(f"{folder} holds quantized weights, which cannot be read one block at a time; name a checkpoint that is not quantized.")
     with _reading(folder):
         files = _files(folder)
     with init_empty_weights(include_buffers=False):
@@ -357,7 +357,8 @@ def _read_rest(model: PreTrainedModel, offload: Offload) -> None:
     lacking = [name for name, p in model.named_parameters() if id(p) not in there]
     if lacking:
         folder = next(iter(offload.stored.files.values())).parent
-        raise ConfigError(f"{folder} has no weight called {lacking[0]}, which {type(model).__name__} needs; it holds another kind of model, or a part of one.")
+        needed = f"which {type(model).__name__} needs; it holds another kind of model, or a part of one"
+        raise ConfigError(f"{folder} has no weight called {lacking[0]}, {needed}.")
     offload.rest = outside()
 
 

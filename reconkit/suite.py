@@ -437,7 +437,7 @@ def run(
     if dry_run:
         return _plan(chosen, todo)
     if todo:
-        suite.folder.mkdir(parents=True, exist_ok=True)
+        assets.writable(suite.folder)
         with _place(suite, todo, jobs, platform, address) if on else nullcontext() as there:
             _execute_all(suite, todo, keys, jobs, there)
     failed = [e for e in chosen if _status(suite, e).get("state") != "ok"]
@@ -508,9 +508,10 @@ def _execute_all(suite: Suite, todo: list[Entry], keys: Mapping[str, str], jobs:
             names = ", ".join(r.entry.name for r in going if r.started is not None) or "waiting for a place"
             line.show(f"[{done + 1}/{len(todo)}] {names}, about {report.clock(sum(ahead) / at_once)} left")
             for r in [r for r in going if r.started is not None and r.process.poll() is not None]:
+                with assets.disk(suite.folder / r.entry.name):
+                    state = _finish(suite, r, keys[r.entry.name])
                 going.remove(r)
                 done += 1
-                state = _finish(suite, r, keys[r.entry.name])
                 line.say(f"[{done}/{len(todo)}] {r.entry.name}: {state} in {report.clock(now - r.started)}")
     finally:
         signal.signal(signal.SIGTERM, terminated)
@@ -529,7 +530,11 @@ def _start(suite: Suite, entry: Entry, jobs: int, there: cluster.Cluster | None 
             shutil.rmtree(left, ignore_errors=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{entry.name}-", dir=suite.folder))
     staging.chmod(0o755)
-    (staging / "params.json").write_text(json.dumps(entry.parameters, indent=1) + "\n", encoding="utf-8")
+    try:
+        data.write_text(staging / "params.json", json.dumps(entry.parameters, indent=1) + "\n")
+    except BaseException:
+        assets.remove(staging)
+        raise
     log, command = staging / "log.txt", ["-m", "reconkit.suite", str(entry.notebook)]
     if there:  # whose nodes may have other settings and another cache
         settings = {name: value for name, value in os.environ.items() if name.startswith("RECONKIT_")}
@@ -571,7 +576,7 @@ def _finish(suite: Suite, r: _Running, key: str) -> str:
         "key": key,
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S"),
     }
-    (r.staging / "status.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    data.write_text(r.staging / "status.json", json.dumps(facts, indent=1) + "\n")
     _replace(r.staging, suite.folder / r.entry.name)
     return state if reason is None else f"{state} ({reason})"
 
@@ -688,16 +693,10 @@ def new(manifest: str | Path, grid: Sequence[str] = (), *, notebook: str = NOTEB
     text = NEW.format(name=manifest)
     if asked:
         text = f"# A sweep of {notebook} over {', '.join(asked)}. Run it with: reconkit suite run {manifest}\n\n" + sweep.manifest(notebook, asked, 2)
-    made = not file.parent.is_dir()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(text, encoding="utf-8")
-    try:
-        count = len(load_manifest(file).entries) if asked else 1
-    except ConfigError:
-        file.unlink()
-        if made:
-            file.parent.rmdir()
-        raise
+    entries = _checked(file.absolute(), tomllib.loads(text)).entries if asked else []
+    _raise(file.stem, [f"run {e.name!r}: {fault}" for e in entries for fault in _unknown(e.parameters)])
+    data.write_text(file, text)
+    count = len(entries) or 1
     print(f"Wrote {file}: {count} {'run' if count == 1 else 'runs'}.")
 
 
@@ -771,8 +770,25 @@ def publish(manifest: str | Path, only: str | None = None) -> None:
     if stale:
         raise ConfigError(f"{suite.name} is not whole: {', '.join(stale)}; run it first with: reconkit suite run {manifest}")
     home = suite.folder.parent / PUBLISHED
-    home.mkdir(exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=".publish-", dir=home))
+    staging = Path(tempfile.mkdtemp(prefix=".publish-", dir=assets.writable(home)))
+    try:
+        with assets.disk(home / suite.name):
+            _copied(suite, chosen, home, staging)
+            _replace(staging, home / suite.name)
+    finally:
+        assets.remove(staging)
+    index(suite)
+    claims = ledger.collect(home / suite.name, [e.name for e in suite.entries])
+    page = suite.folder.parent.parent / "README.md"
+    if page.is_file():
+        text = page.read_text(encoding="utf-8")
+        address = (home / suite.name).relative_to(page.parent).as_posix()
+        data.write_text(page, ledger.written_into(text, suite.name, ledger.as_markdown(claims, address)))
+    print(f"Published {len(chosen)} runs in {os.path.relpath(home / suite.name)}.")
+
+
+def _copied(suite: Suite, chosen: Sequence[Entry], home: Path, staging: Path) -> None:
+    """Put into `staging` what is published: the chosen entries as they ran, the others as they were published before."""
     staging.chmod(0o755)
     for e in suite.entries:
         if e not in chosen and (home / suite.name / e.name).is_dir():
@@ -788,15 +804,6 @@ def publish(manifest: str | Path, only: str | None = None) -> None:
         for file in ("metrics.json", "claims.json", "params.json"):
             if (source / file).is_file():
                 shutil.copy(source / file, to / file)
-    _replace(staging, home / suite.name)
-    index(suite)
-    claims = ledger.collect(home / suite.name, [e.name for e in suite.entries])
-    page = suite.folder.parent.parent / "README.md"
-    if page.is_file():
-        text = page.read_text(encoding="utf-8")
-        address = (home / suite.name).relative_to(page.parent).as_posix()
-        page.write_text(ledger.written_into(text, suite.name, ledger.as_markdown(claims, address)), encoding="utf-8")
-    print(f"Published {len(chosen)} runs in {os.path.relpath(home / suite.name)}.")
 
 
 def book(manifest: str | Path, out: str | Path | None = None) -> Path:
@@ -849,9 +856,9 @@ def index(suite: Suite) -> None:
     these numbers and `ledger.csv` the claims.
     """
     numbers = compared(suite)
-    numbers.to_csv(suite.folder / "index.csv", index=False)
+    _write_table(numbers, suite.folder / "index.csv")
     claims = ledger.collect(suite.folder, [e.name for e in suite.entries])
-    claims.to_csv(suite.folder / "ledger.csv", index=False)
+    _write_table(claims, suite.folder / "ledger.csv")
     parts = [ledger.as_html(claims)] if (claims.run != "").any() else []
     parts += [section] if (section := sweep.write(suite.entries, suite.folder)) else []
     for e in suite.entries:
@@ -885,9 +892,12 @@ def index(suite: Suite) -> None:
         if len(judged)
         else "Nothing is published to compare with yet."
     )
-    partial = suite.folder / ".index.html"
-    partial.write_text(PAGE.format(name=html.escape(suite.name), summary=summary, body="\n".join(parts)), encoding="utf-8")
-    os.replace(partial, suite.folder / "index.html")
+    data.write_text(suite.folder / "index.html", PAGE.format(name=html.escape(suite.name), summary=summary, body="\n".join(parts)))
+
+
+def _write_table(table: pd.DataFrame, file: Path) -> None:
+    with assets.writing(file) as partial:
+        table.to_csv(partial, index=False)
 
 
 def _claims(file: Path) -> str:
