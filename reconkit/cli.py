@@ -330,7 +330,7 @@ def selfgen(a: argparse.Namespace) -> None:
     _check_writable(Path(a.out).parent)
     import torch
 
-    from . import data, models
+    from . import assets, data, models
     from . import selfgen as room
 
     model, tokenizer = models.load_model(a.model, dtype=getattr(torch, a.dtype), device=a.device)
@@ -338,7 +338,8 @@ def selfgen(a: argparse.Namespace) -> None:
     if config.start == "prefix":
         prefixes = data.prefixes(a.prefixes, tokenizer, length=config.prefix_length, seed=a.seed)
     try:
-        found = room.write(a.out, model, tokenizer, count=a.count, length=a.length, seed=a.seed, config=config, prefixes=prefixes)
+        with assets.disk(Path(a.out).absolute()):
+            found = room.write(a.out, model, tokenizer, count=a.count, length=a.length, seed=a.seed, config=config, prefixes=prefixes)
     except KeyboardInterrupt:
         print(f"\nStopped; the same command goes on from {a.out}.partial.", file=sys.stderr)
         raise
@@ -494,7 +495,7 @@ def runs_check(a: argparse.Namespace) -> int:
 
 
 def runs_export(a: argparse.Namespace) -> None:
-    from . import history, runs
+    from . import assets, history, runs
 
     kind = Path(a.out).suffix if a.out else ".csv"
     require(kind in (".csv", ".parquet"), "--out", a.out, "a .csv or a .parquet file")
@@ -505,10 +506,11 @@ def runs_export(a: argparse.Namespace) -> None:
     else:
         with runs.open_history() as store:
             table = history.joined(store)
-    if kind == ".parquet":
-        table.to_parquet(a.out, index=False)
-    else:
-        table.to_csv(a.out or sys.stdout, index=False)
+    if not a.out:
+        table.to_csv(sys.stdout, index=False)
+        return
+    with assets.writing(Path(a.out).absolute()) as partial:
+        table.to_parquet(partial, index=False) if kind == ".parquet" else table.to_csv(partial, index=False)
 
 
 def report(a: argparse.Namespace) -> None:
