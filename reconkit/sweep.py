@@ -66,6 +66,10 @@ def _short(name: str, value: Any) -> str:
 
 
 def _written(value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{', '.join(map(_written, value))}]"
+    if isinstance(value, float) and not math.isfinite(value):
+        return repr(value)  # nan and inf in TOML
     return json.dumps(value, ensure_ascii=False)  # strings, numbers, booleans and lists of them are the same in TOML
 
 
