@@ -14,7 +14,7 @@ import psutil
 import torch
 from tqdm import tqdm
 
-from .assets import cache_dir
+from .assets import cache_dir, remove
 
 QUIET = 30.0  # seconds between plain lines where the output is not a terminal
 
@@ -125,5 +125,5 @@ class Progress:
 
     def __exit__(self, *_: object) -> None:
         self.bar.close()
-        self.file.unlink(missing_ok=True)
-        log(os.getpid()).unlink(missing_ok=True)
+        for file in (self.file, log(os.getpid())):
+            remove(file)

@@ -65,7 +65,8 @@ def test_a_list_of_words_is_neither_numbers_nor_the_letters_of_one(field: str) -
 
 
 def test_a_path_is_kept_as_text() -> None:
-    made = RunConfig(model=Path("a/b"), corpus=Path("c.txt"), extra=Path("d.jsonl"), checkpoint=Path("e"), test=Path("f.txt"), held_out=[Path("g.txt")])
+    paths = {"model": Path("a/b"), "corpus": Path("c.txt"), "extra": Path("d.jsonl"), "checkpoint": Path("e")}
+    made = RunConfig(**paths, test=Path("f.txt"), held_out=[Path("g.txt")])
     assert (made.model, made.corpus, made.extra, made.checkpoint) == ("a/b", "c.txt", "d.jsonl", "e")
     assert (made.test, made.held_out) == (("f.txt",), ("g.txt",))
     assert json.loads(json.dumps(config.to_dict(made)))["model"] == "a/b"

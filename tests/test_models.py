@@ -67,7 +67,7 @@ def test_a_path_is_a_name(tmp_path: Path) -> None:
 SMALL = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
 SEQUENCES = {"vocab_size": 64, "d_model": 16, "decoder_layers": 1, "encoder_layers": 1, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24}
 NO_DECODERS = {
-    "t5": ("T5ForConditionalGeneration", {"vocab_size": 64, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2}, "an encoder-decoder"),
+    "t5": ("T5ForConditionalGeneration", {"vocab_size": 64, "d_model": 16, "d_ff": 24, "num_layers": 1, "num_heads": 2}, "an encoder-decoder"),
     "bart": ("BartForConditionalGeneration", {**SEQUENCES, "encoder_attention_heads": 2, "decoder_attention_heads": 2}, "an encoder-decoder"),
     "bert": ("BertLMHeadModel", SMALL, "an encoder"),
     "roberta": ("RobertaForMaskedLM", SMALL, "an encoder"),

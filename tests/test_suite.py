@@ -422,7 +422,8 @@ out_dir: str = \"\""""
 )
 def test_an_impossible_value_is_refused_before_anything_runs(home: Path, line: str, says: str, capsys: pytest.CaptureFixture[str]) -> None:
     notebook(home / "notebooks" / "00_one.ipynb", parameters=BOOK)
-    for text in (f'[[run]]\nnotebook = "00_one"\nname = "mine-run"\n[run.parameters]\n{line}\n', f'[defaults]\n{line}\n[[run]]\nnotebook = "00_one"\n'):
+    row = '[[run]]\nnotebook = "00_one"\n'
+    for text in (f'{row}name = "mine-run"\n[run.parameters]\n{line}\n', f"[defaults]\n{line}\n{row}"):
         file = manifest(home, text)
         assert main(["suite", "run", str(file), "--dry-run"]) == 2 and main(["suite", "run", str(file)]) == 2
         said = capsys.readouterr().err
