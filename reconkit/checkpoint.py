@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import os
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from . import offload
+from .assets import remove, writing
 from .callbacks import Callback
 from .config import ConfigError, PruneConfig, to_dict
 from .streams import store
@@ -28,7 +29,7 @@ from .streams import store
 if TYPE_CHECKING:
     from .pruning import Pruning, State
 
-ROOMS = ("callbacks", "checkpoint", "criteria", "models", "offload", "prunable", "pruning", "reconstruct", "streams")
+ROOMS = ("callbacks", "checkpoint", "config", "criteria", "fused", "models", "offload", "prunable", "pruning", "reconstruct", "streams")
 STREAMS = 4  # of the samples' size at once, at most: dense, sparse, target, and what is advanced
 SUPERSEDED = 2  # windows after which an earlier version of a block is deleted: one step back stays possible
 
@@ -61,6 +62,9 @@ class Checkpoint:
             "configuration": json.loads(json.dumps({k: v for k, v in to_dict(config).items() if k != "overfit"})),  # which decides words only
             "code": code_hash(ROOMS),
         }
+        for left in path.glob(".*"):  # of a process that was killed while it wrote
+            if re.fullmatch(r"\.(key|window-\d+|block-\d+-\d+|streams-\d+)\.(json|pt)\.\d+", left.name):
+                remove(left)
         if path.is_dir() and any(path.iterdir()):
             try:
                 known = json.loads((path / "key.json").read_text())
@@ -72,7 +76,6 @@ class Checkpoint:
                     f"checkpoint is {str(folder)!r}, begun with another {' and another '.join(differs)}; "
                     "name an empty folder, or load and ask for the same again."
                 )
-        path.mkdir(parents=True, exist_ok=True)
         _write(path / "key.json", json.dumps(key, indent=1).encode())
         return cls(path)
 
@@ -130,10 +133,9 @@ class Checkpoint:
             return None
 
     def _put(self, name: str, value: Any) -> tuple[str, str]:
-        partial = self.folder / f".{name}"
-        torch.save(value, partial)
-        found = _file_sum(partial)
-        os.replace(partial, self.folder / name)
+        with writing(self.folder / name) as partial:
+            torch.save(value, partial)
+            found = _file_sum(partial)
         return name, found
 
     def _whole(self, name: str, expected: str) -> bool:
@@ -142,9 +144,8 @@ class Checkpoint:
 
 
 def _write(file: Path, content: bytes) -> None:
-    partial = file.with_name(f".{file.name}")
-    partial.write_bytes(content)
-    os.replace(partial, file)
+    with writing(file) as partial:
+        partial.write_bytes(content)
 
 
 def _text_sum(text: str) -> str:

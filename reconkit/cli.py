@@ -18,7 +18,20 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from . import __version__
-from .config import CRITERIA, LAYERS, PRECISIONS, SELF, TECHNIQUES, ConfigError, PruneConfig, RunConfig, SelfGenConfig, check_one_process, require
+from .config import (
+    CRITERIA,
+    LAYERS,
+    PRECISIONS,
+    SELF,
+    TECHNIQUES,
+    ConfigError,
+    Faults,
+    PruneConfig,
+    RunConfig,
+    SelfGenConfig,
+    check_one_process,
+    require,
+)
 
 
 def _switch(word: str) -> bool | str:
@@ -70,9 +83,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def sentence(error: Exception) -> str:
-    """An exception in one line; one that nobody wrote for a reader keeps its type's name."""
+    """An exception in one line, or a line for each of several faults; one that nobody wrote for a reader keeps its type's name."""
     if isinstance(error, OSError) and error.strerror:
         return ": ".join([*(str(f) for f in (error.filename,) if f), error.strerror])
+    if isinstance(error, Faults):
+        return str(error)
     text = " ".join(str(error).split())
     if isinstance(error, (ValueError, RuntimeError, OSError, ArithmeticError)) and text:
         return text
@@ -332,7 +347,7 @@ def selfgen(a: argparse.Namespace) -> None:
     _check_writable(Path(a.out).parent)
     import torch
 
-    from . import data, models
+    from . import assets, data, models
     from . import selfgen as room
 
     model, tokenizer = models.load_model(a.model, dtype=getattr(torch, a.dtype), device=a.device)
@@ -340,7 +355,8 @@ def selfgen(a: argparse.Namespace) -> None:
     if config.start == "prefix":
         prefixes = data.prefixes(a.prefixes, tokenizer, length=config.prefix_length, seed=a.seed)
     try:
-        found = room.write(a.out, model, tokenizer, count=a.count, length=a.length, seed=a.seed, config=config, prefixes=prefixes)
+        with assets.disk(Path(a.out).absolute()):
+            found = room.write(a.out, model, tokenizer, count=a.count, length=a.length, seed=a.seed, config=config, prefixes=prefixes)
     except KeyboardInterrupt:
         print(f"\nStopped; the same command goes on from {a.out}.partial.", file=sys.stderr)
         raise
@@ -396,13 +412,10 @@ def _write(file: Path, text: str) -> None:
     if file.exists() and not file.is_file():
         file.write_text(text, encoding="utf-8")
         return
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.partial")
-    try:
+    from .assets import writing
+
+    with writing(file.absolute()) as partial:
         partial.write_text(text, encoding="utf-8")
-        os.replace(partial, file)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def suite_run(a: argparse.Namespace) -> int:
@@ -499,7 +512,7 @@ def runs_check(a: argparse.Namespace) -> int:
 
 
 def runs_export(a: argparse.Namespace) -> None:
-    from . import history, runs
+    from . import assets, history, runs
 
     kind = Path(a.out).suffix if a.out else ".csv"
     require(kind in (".csv", ".parquet"), "--out", a.out, "a .csv or a .parquet file")
@@ -510,10 +523,11 @@ def runs_export(a: argparse.Namespace) -> None:
     else:
         with runs.open_history() as store:
             table = history.joined(store)
-    if kind == ".parquet":
-        table.to_parquet(a.out, index=False)
-    else:
-        table.to_csv(a.out or sys.stdout, index=False)
+    if not a.out:
+        table.to_csv(sys.stdout, index=False)
+        return
+    with assets.writing(Path(a.out).absolute()) as partial:
+        table.to_parquet(partial, index=False) if kind == ".parquet" else table.to_csv(partial, index=False)
 
 
 def report(a: argparse.Namespace) -> None:

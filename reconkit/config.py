@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import math
 import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from functools import cache
+from types import NoneType, UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 CRITERIA = ("magnitude", "wanda", "sparsegpt")
 TECHNIQUES = ("LR", "BR", "BR+GP", "BR+GP+CR")
@@ -27,6 +30,10 @@ TEST_SEEDS = 2**40  # seeds from here on write test sets, so that no calibration
 
 class ConfigError(ValueError):
     """A value that can be refused before any work starts; the message names the field and what is possible."""
+
+
+class Faults(ConfigError):
+    """Several values that can be refused before any work starts, one a line."""
 
 
 def require(condition: bool, name: str, value: Any, possible: str) -> None:
@@ -84,6 +91,7 @@ class OverfitConfig:
         require(self.watch <= self.overfitting, "watch", self.watch, f"at most overfitting ({self.overfitting})")
         for name in ("rising", "many", "transfer"):
             require(_is_number(getattr(self, name)) and 0 <= getattr(self, name) <= 1, name, getattr(self, name), "a number from 0 to 1")
+        _check_types(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,13 +124,14 @@ class SelfGenConfig:
         for name, least in [("greedy", 0), ("prefix_length", 1), ("batch_size", 1)]:
             require(_is_int(getattr(self, name), least), name, getattr(self, name), f"a whole number of at least {least}")
         require(self.written is None or _is_int(self.written, 1), "written", self.written, "a whole number of at least 1, or None")
-        require(_is_number(self.temperature) and self.temperature > 0, "temperature", self.temperature, "a positive number")
+        require(_is_number(self.temperature) and 0 < self.temperature < math.inf, "temperature", self.temperature, "a positive number")
         known = self.language in (None, "auto") or (isinstance(self.language, str) and re.fullmatch("[a-z]{2}", self.language) is not None)
         require(known, "language", self.language, "two letters such as en, auto, or None for any language")
         for name in ("symbols", "distinct"):
             value = getattr(self, name)
             require(value is None or (_is_number(value) and 0 < value <= 1), name, value, "a share above 0 and at most 1, or None")
         require(_is_number(self.unlikely) and 0 <= self.unlikely < 1, "unlikely", self.unlikely, "a share from 0 to below 1")
+        _check_types(self)
 
     @property
     def first(self) -> int:
@@ -237,6 +246,7 @@ class PruneConfig:
         require(_is_int(self.seed, 0), "seed", self.seed, "a whole number of at least 0")
         width, overlap = self.window_blocks, self.overlap_blocks
         require(_is_int(overlap, 0) and overlap < width, "overlap", overlap, f"a whole number from 0 to window - 1 ({width - 1})")
+        _check_types(self)
 
     @property
     def trains(self) -> bool:
@@ -323,9 +333,15 @@ class RunConfig:
     "Price of the machine in any currency, for what a version costs to make and a million tokens to serve; not part of the fingerprint."
 
     def __post_init__(self) -> None:
+        for name in ("model", "corpus", "extra", "checkpoint"):
+            if isinstance(value := getattr(self, name), os.PathLike):
+                object.__setattr__(self, name, os.fspath(value))
         for name in ("held_out", "evaluate", "test", "tasks"):
             value = getattr(self, name)
-            object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
+            require(isinstance(value, (str, os.PathLike, list, tuple)), name, value, "a list of words")
+            words = value if isinstance(value, (list, tuple)) else [value]
+            object.__setattr__(self, name, tuple(os.fspath(word) if isinstance(word, os.PathLike) else word for word in words))
+        _check_words(self)
         if isinstance(self.prune, Mapping):
             object.__setattr__(self, "prune", from_dict(PruneConfig, self.prune))
         if isinstance(self.selfgen, Mapping):
@@ -349,6 +365,7 @@ class RunConfig:
         require(price is None or (_is_number(price) and price >= 0), "price_per_hour", price, "a price of at least 0, or None")
         require(self.dtype in ("float32", "bfloat16", "float16"), "dtype", self.dtype, "float32, bfloat16 or float16")
         require(self.device in ("auto", "cuda", "mps", "cpu"), "device", self.device, "auto, cuda, mps or cpu")
+        _check_types(self)
 
     @property
     def draw(self) -> int:
@@ -372,6 +389,45 @@ def from_dict(kind: type, values: Mapping[str, Any]) -> Any:
     unknown = [k for k in values if k not in names]
     require(not unknown, f"{kind.__name__} field", ", ".join(unknown), one_of(tuple(names)))
     return kind(**values)
+
+
+def _check_words(config: RunConfig) -> None:
+    """Refuse a text that was split into its letters, such as `[*test]` of a text."""
+    for name in ("held_out", "evaluate", "test", "tasks"):
+        letters = [word for word in getattr(config, name) if isinstance(word, str) and len(word) == 1]
+        require(not letters, name, getattr(config, name), 'a list of words such as ["wiki"]; a text was given in its place and split into letters')
+
+
+SAID = {str: "text", int: "a whole number", float: "a number", bool: "true or false", NoneType: "None"}
+
+
+@cache
+def field_types(kind: type) -> dict[str, tuple[Any, ...]]:
+    """The types that each field of a configuration may have, by its annotation."""
+    hints = get_type_hints(kind)
+    return {f.name: get_args(hints[f.name]) if isinstance(hints[f.name], UnionType) else (hints[f.name],) for f in fields(kind)}
+
+
+def _check_types(config: Any) -> None:
+    """Refuse a value of another type than its field's annotation names."""
+    for name, kinds in field_types(type(config)).items():
+        value = getattr(config, name)
+        require(any(_is_a(value, kind) for kind in kinds), name, value, ", or ".join(_said(kind) for kind in kinds))
+
+
+def _is_a(value: Any, kind: Any) -> bool:
+    if get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(_is_a(part, get_args(kind)[0]) for part in value)
+    if get_origin(kind) is not None:  # a mapping
+        key, of = get_args(kind)
+        return isinstance(value, Mapping) and all(_is_a(k, key) and _is_a(v, of) for k, v in value.items())
+    if kind in (int, float):
+        return isinstance(value, (int, kind)) and not isinstance(value, bool)
+    return isinstance(value, kind)
+
+
+def _said(kind: Any) -> str:
+    return SAID.get(kind) or ("a list of texts" if get_origin(kind) is tuple else f"a {getattr(kind, '__name__', kind)}")
 
 
 def _is_int(value: Any, least: int) -> bool:

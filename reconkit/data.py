@@ -14,7 +14,7 @@ import platform
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from importlib.metadata import version
 from itertools import chain, islice
@@ -234,10 +234,12 @@ def _running_tokens(corpus: str, split: str, tokenizer: PreTrainedTokenizerBase)
         return _joined(_running_text(corpus, split), tokenizer)
     facts = [identity(corpus, split), _sum(tokenizer.backend_tokenizer.to_str().encode()), version("tokenizers"), version("transformers")]
     file = assets.cache_dir() / "text" / _made_by() / f"{corpus}-{split}-{_sum(repr(facts).encode())[:16]}.npy"
-    if not file.is_file():
-        with _aside(file) as partial, partial.open("wb") as stream:
-            np.save(stream, _joined(_running_text(corpus, split), tokenizer))
-    return np.load(file)
+    if file.is_file():
+        return np.load(file)
+    tokens = _joined(_running_text(corpus, split), tokenizer)
+    with suppress(assets.CannotWrite), assets.writing(file) as partial, partial.open("wb") as stream:
+        np.save(stream, tokens)
+    return tokens
 
 
 def _joined(pieces: list[str], tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
@@ -489,9 +491,12 @@ def _line(line: str) -> str:
 def _pydocs() -> dict[str, str]:
     """Prose of the standard library's docstrings, module by module; kept, because parsing it takes seconds."""
     file = assets.cache_dir() / "text" / _made_by() / f"pydocs-{platform.python_version()}.json"
-    if not file.is_file():
-        write_text(file, json.dumps(_docstrings(), indent=0))
-    return json.loads(file.read_text(encoding="utf-8"))
+    if file.is_file():
+        return json.loads(file.read_text(encoding="utf-8"))
+    found = _docstrings()
+    with suppress(assets.CannotWrite):
+        write_text(file, json.dumps(found, indent=0))
+    return found
 
 
 OTHER_CODE = set("test tests idle_test idlelib lib2to3 turtledemo pydoc_data ensurepip antigravity this site-packages".split())
@@ -584,14 +589,5 @@ def _file_sum(path: Path) -> str:
 
 def write_text(path: Path, text: str) -> None:
     """Write aside and move into place, so that a broken write never looks whole."""
-    with _aside(path) as partial:
+    with assets.writing(path) as partial:
         partial.write_text(text, encoding="utf-8", newline="\n")
-
-
-@contextmanager
-def _aside(path: Path) -> Iterator[Path]:
-    """A file beside `path`, whose folder is made, that takes its place once all is written."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    yield partial
-    partial.replace(path)

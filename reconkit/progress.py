@@ -14,7 +14,7 @@ import psutil
 import torch
 from tqdm import tqdm
 
-from .assets import cache_dir
+from .assets import cache_dir, remove
 from .callbacks import Callback
 
 if TYPE_CHECKING:
@@ -129,8 +129,8 @@ class Progress:
 
     def __exit__(self, *_: object) -> None:
         self.bar.close()
-        self.file.unlink(missing_ok=True)
-        log(os.getpid()).unlink(missing_ok=True)
+        for file in (self.file, log(os.getpid())):
+            remove(file)
 
 
 class ProgressCallback(Callback):

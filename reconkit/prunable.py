@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from . import criteria
 from .config import ConfigError, PruneConfig, check_one_process, nm_pattern
-from .models import WeightView, blocks, check_adapters, check_shared, weight_views
+from .models import WeightView, blocks, check_adapters, check_decoder, check_shared, weight_views
 from .streams import InputTap, Runner
 
 
@@ -232,6 +232,7 @@ def check_inputs(model: nn.Module, samples: Tensor, config: PruneConfig, extra: 
     if held_out is not None and not isinstance(held_out, Mapping):
         raise ConfigError(f'held_out is a {type(held_out).__name__}; it must be a mapping of names to samples, such as {{"wiki": samples}}.')
     check_adapters(model)
+    check_decoder(model)
     vocabulary = model.get_input_embeddings().num_embeddings
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     for name, ids in {"samples": samples, "extra": extra, **{f"held_out[{k}]": v for k, v in (held_out or {}).items()}}.items():

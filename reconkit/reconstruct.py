@@ -13,7 +13,7 @@ import platform
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
-from .assets import cache_dir
+from .assets import CannotWrite, cache_dir, writing
 from .config import ConfigError, PruneConfig
 from .streams import fetched, finite_advice
 
@@ -234,7 +234,7 @@ def resolve_precision(precision: str, device: str) -> str:
 
 @lru_cache
 def _bf16_pays() -> bool:
-    """Whether bf16 products are clearly faster on this CPU; measured once for processor, torch and threads, then remembered."""
+    """Whether bf16 products are clearly faster on this CPU; measured once for processor, torch and threads, then kept where that is possible."""
     file, key = cache_dir() / "precision.json", _cpu()
     try:
         known = json.loads(file.read_text())
@@ -242,9 +242,8 @@ def _bf16_pays() -> bool:
         known = {}
     if key not in known:
         known[key] = _seconds(torch.float32) / _seconds(torch.bfloat16)
-        partial = file.with_name(f"precision.{time.monotonic_ns()}.partial")
-        partial.write_text(json.dumps(known, indent=1))
-        partial.replace(file)
+        with suppress(CannotWrite), writing(file) as partial:
+            partial.write_text(json.dumps(known, indent=1))
     return known[key] > FASTER
 
 

@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -43,9 +43,11 @@ ROOMS = (
     "criteria",
     "data",
     "evaluation",
+    "fused",
     "latency",
     "likelihood",
     "models",
+    "offload",
     "overfit",
     "prunable",
     "pruning",
@@ -122,9 +124,10 @@ def run(run_config: RunConfig) -> Run:
     parent = version_of(run_config.parent) if run_config.parent else None
     parts = _parts(run_config)
     id, folder = _id(parts), _folder()
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / f".{id}.lock"):
-        whole = (folder / id / "record.json").is_file() and (not run_config.keep_model or (folder / id / "model").is_dir())
+    if not _is_whole(folder / id, run_config):
+        assets.writable(folder)
+    with FileLock(folder / f".{id}.lock") if os.access(folder, os.W_OK) else nullcontext():
+        whole = _is_whole(folder / id, run_config)
         if not whole:
             free = shutil.disk_usage(folder).free
             if free < NEEDED:
@@ -133,7 +136,7 @@ def run(run_config: RunConfig) -> Run:
                     f"a run needs {NEEDED / 1e9:.0f} GB for a while and {free / 1e9:.1f} GB are free; make room, or set RECONKIT_CACHE",
                     str(folder),
                 )
-            with tempfile.TemporaryDirectory(prefix=f".{id}-", dir=folder, ignore_cleanup_errors=True) as staging:
+            with assets.disk(folder / id), tempfile.TemporaryDirectory(prefix=f".{id}-", dir=folder, ignore_cleanup_errors=True) as staging:
                 task = (run_config, id, parts, Path(staging) / "new")
                 if models.resolve_device(run_config.device) == "cpu":  # memory that was freed before would hide a peak
                     if (made := _made_before(run_config)) is not None and not made.is_file():
@@ -155,6 +158,11 @@ def run(run_config: RunConfig) -> Run:
     found = priced(_read(folder / id, cached=whole), run_config.price_per_hour)
     _remember_or_say(found, parent)
     return _judged(found, run_config.prune.overfit) if run_config.prune else found
+
+
+def _is_whole(folder: Path, run_config: RunConfig) -> bool:
+    """Whether a record is there, with its model where that is asked for."""
+    return (folder / "record.json").is_file() and (not run_config.keep_model or (folder / "model").is_dir())
 
 
 def _judged(run: Run, thresholds: OverfitConfig) -> Run:

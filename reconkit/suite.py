@@ -36,6 +36,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from importlib.metadata import metadata
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import nbformat
@@ -44,7 +45,7 @@ import torch
 
 from . import assets, cluster, data, ledger, models, report, runs, sweep
 from . import book as pages
-from .config import SELF, ConfigError, one_of, require
+from .config import SELF, ConfigError, Faults, PruneConfig, RunConfig, SelfGenConfig, field_types, one_of, require
 
 PUBLISHED = "published"
 SCALES = "papermill_runs"
@@ -54,6 +55,36 @@ PATHS = ("model", "corpus", "held_out", "test", "extra")
 "Parameters whose value may be a path."
 CHECKPOINT = "checkpoint"
 "One that is a folder, there or not yet."
+CONFIGURED = {
+    "again": (PruneConfig, "criterion"),
+    "criteria": (PruneConfig, "criterion"),
+    "counts": (RunConfig, "count"),
+    "extra_count": (RunConfig, "self_generated"),
+    "few_count": (RunConfig, "count"),
+    "few_epochs": (PruneConfig, "epochs"),
+    "few_held_out_count": (RunConfig, "held_out_count"),
+    "few_length": (RunConfig, "length"),
+    "ladder_batch": (PruneConfig, "batch_size"),
+    "ladder_steps": (PruneConfig, "steps"),
+    "lengths": (RunConfig, "length"),
+    "made": (RunConfig, "test"),
+    "models": (RunConfig, "model"),
+    "more_count": (RunConfig, "more"),
+    "other": (RunConfig, "corpus"),
+    "patterns": (PruneConfig, "pattern"),
+    "product_sparsities": (PruneConfig, "sparsity"),
+    "seeds": (RunConfig, "seed"),
+    "small_count": (RunConfig, "count"),
+    "small_epochs": (PruneConfig, "epochs"),
+    "small_held_out_count": (RunConfig, "held_out_count"),
+    "small_length": (RunConfig, "length"),
+    "sparsities": (PruneConfig, "sparsity"),
+    "techniques": (PruneConfig, "technique"),
+    "write_batch": (SelfGenConfig, "batch_size"),
+}
+"Parameters of notebooks that are a field of a configuration under another name; of a list, each element is."
+OPTIONAL = ("made",)
+"Lists that may be empty."
 TIMED = ("seconds/", "memory/", "speed/", "ratio/", "gpu_hours/", "joules/", "money/")
 "Beginnings of measurements that differ between machines and are shown without a judgement."
 TOLERANCE = 0.03
@@ -115,43 +146,130 @@ def load_manifest(manifest: str | Path) -> Suite:
         written = tomllib.loads(file.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file.name} is not valid TOML: {error}.") from None
+    return _checked(file, written)
+
+
+def _checked(file: Path, written: Mapping[str, Any]) -> Suite:
+    """The suite of a manifest's tables; all faults are listed at once."""
     _known(file.name, written, ("defaults", "run"))
     defaults, rows = written.get("defaults", {}), written.get("run", [])
     require(isinstance(defaults, dict), f"{file.name}: defaults", defaults, "a table of parameters")
     require(isinstance(rows, list) and len(rows) > 0 and all(isinstance(r, dict) for r in rows), f"{file.name}: run", rows, "one [[run]] or more")
-    entries = [_entry(file, row, defaults) for row in rows]
+    faults: list[str] = []
+    entries = [entry for row in rows if (entry := _entry(file, row, defaults, faults)) is not None]
     names = [e.name for e in entries]
     twice = sorted({n for n in names if names.count(n) > 1})
-    require(not twice, f"{file.name}: name", ", ".join(twice), "given to one run only")
-    unused = [key for key in defaults if not any(key in e.parameters for e in entries)]
-    require(not unused, f"{file.name}: defaults", ", ".join(unused), one_of(tuple(sorted({k for e in entries for k in e.parameters}))))
+    known = sorted({k for e in entries for k in e.parameters})
+    unused = [key for key in defaults if key not in known] if len(entries) == len(rows) else []
+    with _gathered(faults):
+        require(not twice, f"{file.name}: name", ", ".join(twice), "given to one run only")
+    with _gathered(faults):
+        require(not unused, f"{file.name}: defaults", ", ".join(unused), one_of(tuple(known)))
+    _raise(file.name, faults)
     return Suite(file.stem, file.parent / file.stem, entries)
 
 
-def _entry(file: Path, row: Mapping[str, Any], defaults: Mapping[str, Any]) -> Entry:
+@contextmanager
+def _gathered(faults: list[str]) -> Iterator[None]:
+    """Keep a ConfigError as one of `faults`."""
+    try:
+        yield
+    except ConfigError as error:
+        faults.append(str(error))
+
+
+def _raise(where: str, faults: Sequence[str]) -> None:
+    if len(faults) == 1:
+        raise ConfigError(faults[0])
+    if faults:
+        raise Faults("\n  ".join([f"{where} has {len(faults)} faults:", *faults]))
+
+
+def _entry(file: Path, row: Mapping[str, Any], defaults: Mapping[str, Any], faults: list[str]) -> Entry | None:
+    """The checked entry of a [[run]]; None where its notebook cannot be read."""
     where = f"{file.name}: run {row.get('name', row.get('notebook', '?'))!r}"
-    _known(where, row, ("notebook", "name", "parameters", "minutes", "alone"))
+    minutes, alone, given = row.get("minutes", 1.0), row.get("alone", False), row.get("parameters", {})
+    number = isinstance(minutes, (int, float)) and not isinstance(minutes, bool) and 0 < minutes < math.inf
+    with _gathered(faults):
+        _known(where, row, ("notebook", "name", "parameters", "minutes", "alone"))
+    with _gathered(faults):
+        require(number, f"{where}: minutes", minutes, "a positive number")
+    with _gathered(faults):
+        require(isinstance(alone, bool), f"{where}: alone", alone, "true or false")
+    with _gathered(faults):
+        require(isinstance(given, dict), f"{where}: parameters", given, "a table")
+    notebook = None
+    with _gathered(faults):
+        notebook = _notebook(file, row, where)
+    if notebook is None or not isinstance(given, dict):
+        return None
+    name = row.get("name", notebook.stem)
+    safe = isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*", name) is not None
+    with _gathered(faults):
+        require(safe, f"{where}: name", name, "letters, digits and . _ + -, fit for a folder")
+    with _gathered(faults):
+        known = parameters(notebook)
+        chosen = {k: v for k, v in defaults.items() if k in known} | given
+        found = _wrong(where, chosen, known, _annotated(notebook))
+        faults += found
+        final = known | chosen if found else {k: _absolute(k, v, file.parent) for k, v in (known | chosen).items()}
+        return Entry(str(name), notebook, {k: v for k, v in final.items() if k != OUT_DIR}, float(minutes) if number else 1.0, bool(alone))
+    return None
+
+
+def _notebook(file: Path, row: Mapping[str, Any], where: str) -> Path:
     folder = file.parent.parent / "notebooks"
     stem = row.get("notebook")
     possible = sorted(p.stem for p in folder.glob("*.ipynb"))
     require(isinstance(stem, str) and stem != "", f"{where}: notebook", stem, one_of(tuple(possible)))
     notebook = (file.parent / stem) if stem.endswith(".ipynb") else folder / f"{stem}.ipynb"
     require(notebook.is_file(), f"{where}: notebook", stem, one_of(tuple(possible)) + ", or a path to an .ipynb file")
-    name = row.get("name", notebook.stem)
-    safe = isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*", name) is not None
-    require(safe, f"{where}: name", name, "letters, digits and . _ + -, fit for a folder")
-    minutes, alone, given = row.get("minutes", 1.0), row.get("alone", False), row.get("parameters", {})
-    number = isinstance(minutes, (int, float)) and not isinstance(minutes, bool) and minutes > 0
-    require(number, f"{where}: minutes", minutes, "a positive number")
-    require(isinstance(alone, bool), f"{where}: alone", alone, "true or false")
-    require(isinstance(given, dict), f"{where}: parameters", given, "a table")
-    known = parameters(notebook)
-    chosen = {k: v for k, v in defaults.items() if k in known} | given
+    return notebook
+
+
+def _wrong(where: str, chosen: Mapping[str, Any], known: Mapping[str, Any], kinds: Mapping[str, str]) -> list[str]:
+    """What is wrong with the parameters that a manifest gives, `chosen`, by the notebook's own, `known`, and by the configurations."""
+    faults: list[str] = []
     for key, value in chosen.items():
-        require(key in known and key != OUT_DIR, f"{where}: parameter", key, one_of(tuple(k for k in known if k != OUT_DIR)))
-        require(_fits(value, known[key]), f"{where}: {key}", value, f"a {type(known[key]).__name__}, like {known[key]!r}")
-    final = {k: _absolute(k, v, file.parent) for k, v in (known | chosen).items() if k != OUT_DIR}
-    return Entry(name, notebook, final, float(minutes), alone)
+        with _gathered(faults):
+            require(key in known and key != OUT_DIR, f"{where}: parameter", key, one_of(tuple(k for k in known if k != OUT_DIR)))
+            require(_fits(value, kinds[key]), f"{where}: {key}", value, f"a {kinds[key]}, like {known[key]!r}")
+            require(_finite(value), f"{where}: {key}", value, "without nan and inf")
+            if isinstance(value, list):
+                full = value or not known[key] or key in OPTIONAL
+                require(full, f"{where}: {key}", value, f"a list of one value or more, like {known[key]!r}")
+                alike = all(_alike(part, like) for part in value for like in known[key])
+                require(alike, f"{where}: {key}", value, f"a list of values like those of {known[key]!r}")
+    if faults:
+        return faults
+    for kind in (PruneConfig, RunConfig, SelfGenConfig):
+        names = field_types(kind)
+        together = {k: _none(v, names[k]) for k, v in (known | chosen).items() if k in names and k not in CONFIGURED}
+        faults += [f"{where}: {text}" for key, text in _refused(kind, together) if key in chosen]
+    for key in chosen.keys() & CONFIGURED.keys():
+        kind, name = CONFIGURED[key]
+        for part in chosen[key] if isinstance(chosen[key], list) else [chosen[key]]:
+            faults += [f"{where}: {key}: {text}" for _, text in _refused(kind, {name: _none(part, field_types(kind)[name])})]
+    return faults
+
+
+def _refused(kind: type, values: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(field, sentence) of every value that the configuration refuses."""
+    left, found = dict(values), []
+    while True:
+        try:
+            kind(**left)
+            return found
+        except ConfigError as error:
+            name = str(error).split(" is ")[0].split("[")[0]
+            found.append((name, str(error)))
+            if left.pop(name, None) is None:
+                return found
+
+
+def _none(value: Any, kinds: tuple[Any, ...]) -> Any:
+    """None for "" and 0 where a field may be None: a manifest has no word for it."""
+    return None if NoneType in kinds and not value and not isinstance(value, bool) else value
 
 
 def _absolute(name: str, value: Any, folder: Path) -> Any:
@@ -180,11 +298,19 @@ def _known(where: str, table: Mapping[str, Any], possible: Sequence[str]) -> Non
     require(not wrong, f"{where}: key", ", ".join(wrong), one_of(tuple(possible)))
 
 
-def _fits(value: Any, like: Any) -> bool:
-    """Whether a value may stand where the notebook has `like`; whole numbers may stand for fractions."""
-    if isinstance(like, float) and isinstance(value, int):
-        return not isinstance(value, bool)
-    return type(value) is type(like)
+def _fits(value: Any, kind: str) -> bool:
+    """Whether a value is of the type of that name; whole numbers may stand for fractions."""
+    return type(value).__name__ == kind or (kind == "float" and type(value) is int)
+
+
+def _alike(value: Any, like: Any) -> bool:
+    """Whether a value of a list can stand beside one of the notebook's: both are numbers, or both of one type."""
+    numbers = (int, float)
+    return type(value) is type(like) or (type(value) in numbers and type(like) in numbers)
+
+
+def _finite(value: Any) -> bool:
+    return all(map(_finite, value)) if isinstance(value, list) else not isinstance(value, float) or math.isfinite(value)
 
 
 def parameters(notebook: Path) -> dict[str, Any]:
@@ -193,22 +319,37 @@ def parameters(notebook: Path) -> dict[str, Any]:
     Raises:
         ConfigError: not a notebook, no such cell, or something in it that is not a literal.
     """
+    found: dict[str, Any] = {}
+    for line, target in _assignments(notebook):
+        try:
+            found[target.id] = ast.literal_eval(line.value)  # type: ignore[arg-type]
+        except ValueError:
+            raise ConfigError(f"{notebook.name}: the parameters cell holds {ast.unparse(line)!r}, which is not NAME = LITERAL.") from None
+    require(OUT_DIR in found, f"{notebook.name}: parameters", ", ".join(found), f"such that {OUT_DIR} is one of them")
+    return found
+
+
+def _annotated(notebook: Path) -> dict[str, str]:
+    """The type of each parameter: the annotation, or where there is none the default's."""
+    known = parameters(notebook)
+    lines = {target.id: line.annotation for line, target in _assignments(notebook) if isinstance(line, ast.AnnAssign)}
+    return {name: ast.unparse(lines[name]) if name in lines else type(value).__name__ for name, value in known.items()}
+
+
+def _assignments(notebook: Path) -> list[tuple[ast.AnnAssign | ast.Assign, ast.Name]]:
+    """The lines of the `parameters` cell."""
     cells = [c for c in _read(notebook).cells if "parameters" in c.metadata.get("tags", [])]
     require(len(cells) == 1, f"{notebook.name}: cells tagged parameters", len(cells), "exactly one")
-    found: dict[str, Any] = {}
     try:
         lines = ast.parse(cells[0].source).body
     except SyntaxError as error:
         raise ConfigError(f"{notebook.name}: the parameters cell is not Python ({error.msg}, line {error.lineno}).") from None
+    found = []
     for line in lines:
         target = line.target if isinstance(line, ast.AnnAssign) else line.targets[0] if isinstance(line, ast.Assign) else None
-        try:
-            if not isinstance(target, ast.Name):
-                raise ValueError
-            found[target.id] = ast.literal_eval(line.value)  # type: ignore[union-attr]
-        except ValueError:
-            raise ConfigError(f"{notebook.name}: the parameters cell holds {ast.unparse(line)!r}, which is not NAME = LITERAL.") from None
-    require(OUT_DIR in found, f"{notebook.name}: parameters", ", ".join(found), f"such that {OUT_DIR} is one of them")
+        if not isinstance(target, ast.Name) or line.value is None:
+            raise ConfigError(f"{notebook.name}: the parameters cell holds {ast.unparse(line)!r}, which is not NAME = LITERAL.")
+        found.append((line, target))
     return found
 
 
@@ -244,6 +385,27 @@ def _texts(parameters: Mapping[str, Any]) -> list[str]:
     return found
 
 
+def _unknown(parameters: Mapping[str, Any]) -> list[str]:
+    """Models, corpora and tasks that no source knows."""
+    faults: list[str] = []
+
+    def names(*keys: str) -> list[str]:
+        given = [parameters[key] for key in keys if parameters.get(key)]
+        return [name for value in given for name in (value if isinstance(value, list) else [value])]
+
+    for model in names("model", "models"):
+        with _gathered(faults):
+            models.check_model(model)
+    for corpus in names("corpus", "other", "extra", "held_out", "test", "made"):
+        if corpus != SELF:
+            with _gathered(faults):
+                data.check_corpus(corpus)
+    for task in names("tasks"):
+        with _gathered(faults):
+            require(task in data.TASKS, "tasks", task, one_of(tuple(data.TASKS)))
+    return list(dict.fromkeys(faults))
+
+
 def run(
     manifest: str | Path,
     *,
@@ -269,12 +431,13 @@ def run(
     platform = runs.platform_key()
     jobs = _jobs(jobs, platform["device"])
     chosen = _chosen(suite, only)
+    _raise(suite.name, [f"run {e.name!r}: {text}" for e in chosen for text in _unknown(e.parameters)])
     keys = {e.name: key(e, platform) for e in chosen}
     todo = [e for e in chosen if force or _state(suite, e, keys[e.name]) != "unchanged"]
     if dry_run:
         return _plan(chosen, todo)
     if todo:
-        suite.folder.mkdir(parents=True, exist_ok=True)
+        assets.writable(suite.folder)
         with _place(suite, todo, jobs, platform, address) if on else nullcontext() as there:
             _execute_all(suite, todo, keys, jobs, there)
     failed = [e for e in chosen if _status(suite, e).get("state") != "ok"]
@@ -300,7 +463,7 @@ def _plan(chosen: list[Entry], todo: list[Entry]) -> int:
 
 def _jobs(jobs: int | None, device: str) -> int:
     jobs = jobs if jobs is not None else 2 if device == "cpu" and (os.cpu_count() or 1) > 1 else 1
-    require(isinstance(jobs, int) and jobs >= 1, "--jobs", jobs, "a whole number of at least 1")
+    require(type(jobs) is int and jobs >= 1, "--jobs", jobs, "a whole number of at least 1")
     return jobs
 
 
@@ -345,9 +508,10 @@ def _execute_all(suite: Suite, todo: list[Entry], keys: Mapping[str, str], jobs:
             names = ", ".join(r.entry.name for r in going if r.started is not None) or "waiting for a place"
             line.show(f"[{done + 1}/{len(todo)}] {names}, about {report.clock(sum(ahead) / at_once)} left")
             for r in [r for r in going if r.started is not None and r.process.poll() is not None]:
+                with assets.disk(suite.folder / r.entry.name):
+                    state = _finish(suite, r, keys[r.entry.name])
                 going.remove(r)
                 done += 1
-                state = _finish(suite, r, keys[r.entry.name])
                 line.say(f"[{done}/{len(todo)}] {r.entry.name}: {state} in {report.clock(now - r.started)}")
     finally:
         signal.signal(signal.SIGTERM, terminated)
@@ -366,7 +530,11 @@ def _start(suite: Suite, entry: Entry, jobs: int, there: cluster.Cluster | None 
             shutil.rmtree(left, ignore_errors=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{entry.name}-", dir=suite.folder))
     staging.chmod(0o755)
-    (staging / "params.json").write_text(json.dumps(entry.parameters, indent=1) + "\n", encoding="utf-8")
+    try:
+        data.write_text(staging / "params.json", json.dumps(entry.parameters, indent=1) + "\n")
+    except BaseException:
+        assets.remove(staging)
+        raise
     log, command = staging / "log.txt", ["-m", "reconkit.suite", str(entry.notebook)]
     if there:  # whose nodes may have other settings and another cache
         settings = {name: value for name, value in os.environ.items() if name.startswith("RECONKIT_")}
@@ -408,7 +576,7 @@ def _finish(suite: Suite, r: _Running, key: str) -> str:
         "key": key,
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S"),
     }
-    (r.staging / "status.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    data.write_text(r.staging / "status.json", json.dumps(facts, indent=1) + "\n")
     _replace(r.staging, suite.folder / r.entry.name)
     return state if reason is None else f"{state} ({reason})"
 
@@ -525,16 +693,10 @@ def new(manifest: str | Path, grid: Sequence[str] = (), *, notebook: str = NOTEB
     text = NEW.format(name=manifest)
     if asked:
         text = f"# A sweep of {notebook} over {', '.join(asked)}. Run it with: reconkit suite run {manifest}\n\n" + sweep.manifest(notebook, asked, 2)
-    made = not file.parent.is_dir()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(text, encoding="utf-8")
-    try:
-        count = len(load_manifest(file).entries) if asked else 1
-    except ConfigError:
-        file.unlink()
-        if made:
-            file.parent.rmdir()
-        raise
+    entries = _checked(file.absolute(), tomllib.loads(text)).entries if asked else []
+    _raise(file.stem, [f"run {e.name!r}: {fault}" for e in entries for fault in _unknown(e.parameters)])
+    data.write_text(file, text)
+    count = len(entries) or 1
     print(f"Wrote {file}: {count} {'run' if count == 1 else 'runs'}.")
 
 
@@ -608,8 +770,25 @@ def publish(manifest: str | Path, only: str | None = None) -> None:
     if stale:
         raise ConfigError(f"{suite.name} is not whole: {', '.join(stale)}; run it first with: reconkit suite run {manifest}")
     home = suite.folder.parent / PUBLISHED
-    home.mkdir(exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=".publish-", dir=home))
+    staging = Path(tempfile.mkdtemp(prefix=".publish-", dir=assets.writable(home)))
+    try:
+        with assets.disk(home / suite.name):
+            _copied(suite, chosen, home, staging)
+            _replace(staging, home / suite.name)
+    finally:
+        assets.remove(staging)
+    index(suite)
+    claims = ledger.collect(home / suite.name, [e.name for e in suite.entries])
+    page = suite.folder.parent.parent / "README.md"
+    if page.is_file():
+        text = page.read_text(encoding="utf-8")
+        address = (home / suite.name).relative_to(page.parent).as_posix()
+        data.write_text(page, ledger.written_into(text, suite.name, ledger.as_markdown(claims, address)))
+    print(f"Published {len(chosen)} runs in {os.path.relpath(home / suite.name)}.")
+
+
+def _copied(suite: Suite, chosen: Sequence[Entry], home: Path, staging: Path) -> None:
+    """Put into `staging` what is published: the chosen entries as they ran, the others as they were published before."""
     staging.chmod(0o755)
     for e in suite.entries:
         if e not in chosen and (home / suite.name / e.name).is_dir():
@@ -625,15 +804,6 @@ def publish(manifest: str | Path, only: str | None = None) -> None:
         for file in ("metrics.json", "claims.json", "params.json"):
             if (source / file).is_file():
                 shutil.copy(source / file, to / file)
-    _replace(staging, home / suite.name)
-    index(suite)
-    claims = ledger.collect(home / suite.name, [e.name for e in suite.entries])
-    page = suite.folder.parent.parent / "README.md"
-    if page.is_file():
-        text = page.read_text(encoding="utf-8")
-        address = (home / suite.name).relative_to(page.parent).as_posix()
-        page.write_text(ledger.written_into(text, suite.name, ledger.as_markdown(claims, address)), encoding="utf-8")
-    print(f"Published {len(chosen)} runs in {os.path.relpath(home / suite.name)}.")
 
 
 def book(manifest: str | Path, out: str | Path | None = None) -> Path:
@@ -686,9 +856,9 @@ def index(suite: Suite) -> None:
     these numbers and `ledger.csv` the claims.
     """
     numbers = compared(suite)
-    numbers.to_csv(suite.folder / "index.csv", index=False)
+    _write_table(numbers, suite.folder / "index.csv")
     claims = ledger.collect(suite.folder, [e.name for e in suite.entries])
-    claims.to_csv(suite.folder / "ledger.csv", index=False)
+    _write_table(claims, suite.folder / "ledger.csv")
     parts = [ledger.as_html(claims)] if (claims.run != "").any() else []
     parts += [section] if (section := sweep.write(suite.entries, suite.folder)) else []
     for e in suite.entries:
@@ -722,9 +892,12 @@ def index(suite: Suite) -> None:
         if len(judged)
         else "Nothing is published to compare with yet."
     )
-    partial = suite.folder / ".index.html"
-    partial.write_text(PAGE.format(name=html.escape(suite.name), summary=summary, body="\n".join(parts)), encoding="utf-8")
-    os.replace(partial, suite.folder / "index.html")
+    data.write_text(suite.folder / "index.html", PAGE.format(name=html.escape(suite.name), summary=summary, body="\n".join(parts)))
+
+
+def _write_table(table: pd.DataFrame, file: Path) -> None:
+    with assets.writing(file) as partial:
+        table.to_csv(partial, index=False)
 
 
 def _claims(file: Path) -> str:

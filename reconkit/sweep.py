@@ -14,7 +14,7 @@ from typing import Any
 
 import pandas as pd
 
-from . import plots, runs
+from . import assets, plots, runs
 from .config import require
 
 FOLDER = "sweep"
@@ -66,6 +66,10 @@ def _short(name: str, value: Any) -> str:
 
 
 def _written(value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{', '.join(map(_written, value))}]"
+    if isinstance(value, float) and not math.isfinite(value):
+        return repr(value)  # nan and inf in TOML
     return json.dumps(value, ensure_ascii=False)  # strings, numbers, booleans and lists of them are the same in TOML
 
 
@@ -101,8 +105,8 @@ def write(entries: Sequence[Any], folder: Path) -> str:
     parts = []
     for stem, (swept, table) in tables(entries, folder).items():
         there = folder / FOLDER
-        there.mkdir(parents=True, exist_ok=True)
-        table.to_csv(there / f"{stem}.csv", index=False)
+        with assets.writing(there / f"{stem}.csv") as partial:
+            table.to_csv(partial, index=False)
         known = [c for c in table.columns.drop(["run", *swept]) if table[c].notna().any()]
         main = [c for c in known if c.startswith(SHOWN) and not c.startswith("perplexity/dense")]
         measures = (main or known)[:PANELS]

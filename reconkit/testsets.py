@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections import Counter
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,10 +65,15 @@ def own_text(
     made = selfgen.made_by(model, config, length=length, seed=seed, prefixes=prefixes)
     facts = {**made, "count": count, "code": code_hash(ROOMS)}
     file = folder() / f"own-{_sum(facts)}.jsonl"
-    with FileLock(file.with_suffix(".lock")):
+    options = {"count": count, "length": length, "seed": seed, "config": config, "prefixes": prefixes, "progress": progress}
+    with _lock(file):
         if not file.is_file():
-            options = {"count": count, "length": length, "seed": seed, "config": config, "prefixes": prefixes, "progress": progress}
-            found = selfgen.write(file, model, tokenizer, **options)
+            try:
+                with assets.disk(assets.writable(file.parent) / file.name):
+                    found = selfgen.write(file, model, tokenizer, **options)
+            except assets.CannotWrite:  # it is made, and not kept
+                assets.remove(file.with_name(f"{file.name}.partial"))
+                return selfgen.generate(model, tokenizer, **options).tokens
             if test:
                 size = f"{count} texts of {length} tokens"
                 _describe(file, "own text", size, made["model"], seed - TEST_SEEDS, ids_sum(found.tokens), selfgen.told(found.counts))
@@ -121,7 +128,7 @@ def cloze_set(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sample
     """
     facts = {"samples": ids_sum(samples), "weights": weights_sum(model), "count": count, "seed": seed, "code": code_hash(ROOMS)}
     file = folder() / f"cloze-{_sum(facts)}.json"
-    with FileLock(file.with_suffix(".lock")):
+    with _lock(file):
         if not file.is_file():
             items = cloze_items(tokenizer, samples, count=count, seed=seed)
             right = evaluation.cloze(model, samples, items)
@@ -133,7 +140,9 @@ def cloze_set(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sample
                 )
             said = f"dense model {value:.1%} right, chance {1 / CHOICES:.0%}"
             _describe(file, "cloze", f"{count} blanks in {name}", selfgen.called(model), seed, ids_sum(items), said)
-            data.write_text(file, json.dumps(items.tolist()))
+            with suppress(assets.CannotWrite):
+                data.write_text(file, json.dumps(items.tolist()))
+            return items
     return torch.tensor(json.loads(file.read_text(encoding="utf-8")))
 
 
@@ -189,10 +198,16 @@ def _ends_a_word(tokenizer: PreTrainedTokenizerBase, token: int) -> bool:
 
 
 def folder() -> Path:
-    """Where made sets are kept."""
+    """Where made sets are kept; made when missing, if it can be made."""
     found = assets.cache_dir() / "testsets"
-    found.mkdir(parents=True, exist_ok=True)
+    with suppress(OSError):
+        found.mkdir(parents=True, exist_ok=True)
     return found
+
+
+def _lock(file: Path) -> AbstractContextManager[Any]:
+    """One process at a time makes a set; where none can be kept, each makes its own."""
+    return FileLock(file.with_suffix(".lock")) if os.access(file.parent, os.W_OK) else nullcontext()
 
 
 def _sum(facts: dict[str, Any]) -> str:
@@ -201,4 +216,5 @@ def _sum(facts: dict[str, Any]) -> str:
 
 def _describe(file: Path, kind: str, size: str, model: str, seed: int, fingerprint: str, about: str) -> None:
     facts = {"kind": kind, "size": size, "model": model, "seed": seed, "fingerprint": fingerprint, "about": about}
-    data.write_text(file.with_suffix(".about"), json.dumps(facts))
+    with suppress(assets.CannotWrite):
+        data.write_text(file.with_suffix(".about"), json.dumps(facts))

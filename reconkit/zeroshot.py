@@ -120,10 +120,13 @@ def answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: S
     for task in tasks:
         facts = [*whose, task, data.task_identity(task), limit, seed]
         files[task] = folder / f"{task}-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]}.json"
-    missing = [task for task in tasks if not files[task].is_file()]
-    for task, found in (_ask(model, tokenizer, missing, limit, seed) if missing else {}).items():
-        data.write_text(files[task], json.dumps(found))
-    return {task: json.loads(files[task].read_text(encoding="utf-8")) for task in tasks}
+    known = {task: json.loads(file.read_text(encoding="utf-8")) for task, file in files.items() if file.is_file()}
+    missing = [task for task in tasks if task not in known]
+    asked = _ask(model, tokenizer, missing, limit, seed) if missing else {}
+    for task, found in asked.items():
+        with contextlib.suppress(assets.CannotWrite):
+            data.write_text(files[task], json.dumps(found))
+    return {task: {**known, **asked}[task] for task in tasks}
 
 
 def items_sum(task: str, limit: int | None, seed: int) -> str:

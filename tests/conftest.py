@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import builtins
+import errno
+import io
 import json
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from functools import cache as once
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -47,6 +52,30 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
             (users_cache() / name).mkdir(parents=True, exist_ok=True)
             (folder / name).symlink_to(users_cache() / name, target_is_directory=True)
     return folder
+
+
+@pytest.fixture
+def read_only(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The cache as if it lay on a read-only disk; permissions would not stop root."""
+
+    def guarded(real: Any, writes: Callable[..., bool]) -> Callable[..., Any]:
+        def call(path: Any, *args: Any, **options: Any) -> Any:
+            inside = isinstance(path, (str, os.PathLike)) and Path(path).absolute().is_relative_to(cache)
+            if inside and writes(*args, **options):
+                raise OSError(errno.EROFS, "Read-only file system", str(path))
+            return real(path, *args, **options)
+
+        return call
+
+    opened = guarded(open, lambda mode="r", *_, **__: bool(set(mode) & set("wax+")))
+    for module in (builtins, io):
+        monkeypatch.setattr(module, "open", opened)
+    monkeypatch.setattr(os, "open", guarded(os.open, lambda flags, *_, **__: bool(flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))))
+    for name in ("mkdir", "replace", "rename", "unlink", "rmdir"):
+        monkeypatch.setattr(os, name, guarded(getattr(os, name), lambda *_, **__: True))
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: access(path, mode) and not (mode & os.W_OK and Path(path).is_relative_to(cache)))
+    return cache
 
 
 @pytest.fixture

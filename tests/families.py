@@ -52,6 +52,10 @@ MORE: dict[str, tuple[str, dict[str, Any]]] = {
             "max_position_embeddings": 64, "attention_types": [[["global", "local", "global"], 1]], "window_size": 6,
         },
     ),
+    "glm4-moe (a bias that is a buffer)": (
+        "Glm4MoeConfig",
+        {**GROUPED, "head_dim": 8, "moe_intermediate_size": 24, "n_routed_experts": 4, "num_experts_per_tok": 2},
+    ),
     "qwen3-moe": ("Qwen3MoeConfig", {**GROUPED, "head_dim": 8, "moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2}),
 }  # fmt: skip
 ALL = {**MECHANISMS, **MORE}

@@ -12,6 +12,7 @@ from collections import namedtuple
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from reconkit import assets
 
@@ -126,9 +127,66 @@ def test_failed_unpacking_leaves_nothing(index: Path, cache: Path, monkeypatch: 
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(zipfile.ZipFile, "extractall", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(assets.CannotWrite, match="cannot be written .No space left on device.*RECONKIT_CACHE") as raised:
         assets.asset(NAME)
+    assert raised.value.filename == str(cache / "assets" / f"{NAME}-{VERSION}")
     assert left(cache) == []
+
+
+def test_a_disk_that_fills_while_pip_works_is_named(index: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = "ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device\n"
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 1, "", said))
+    with pytest.raises(assets.CannotWrite, match="cannot be written .No space left") as raised:
+        assets.asset(NAME)
+    assert raised.value.filename == str(cache / "assets")
+    assert left(cache) == []
+
+
+def test_a_read_only_cache_is_said_before_anything_is_fetched(index: Path, read_only: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subprocess, "run", lambda *a, **k: pytest.fail("pip was run"))
+    with pytest.raises(assets.CannotWrite, match="cannot be written .*RECONKIT_CACHE"):
+        assets.asset(NAME)
+
+
+def test_what_is_in_a_read_only_cache_is_used(index: Path, request: pytest.FixtureRequest) -> None:
+    folder = assets.asset(NAME)
+    request.getfixturevalue("read_only")
+    assert assets.asset(NAME) == folder
+
+
+FULL = [
+    OSError(28, "No space left on device"),
+    SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0"),
+    RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed"),
+    shutil.Error([("a", "b", "[Errno 28] No space left on device")]),
+    OSError(30, "Read-only file system"),
+    PermissionError(13, "Permission denied"),
+]
+
+
+@pytest.mark.parametrize("error", FULL, ids=lambda e: type(e).__name__)
+@pytest.mark.parametrize("is_folder", [False, True])
+def test_writing_keeps_what_was_there_and_nothing_else(error: Exception, is_folder: bool, tmp_path: Path, cache: Path) -> None:
+    (tmp_path / "file").write_text("old")
+    for path in (tmp_path / "file", cache / "deep" / "file"):
+        with pytest.raises(assets.CannotWrite, match="cannot be written") as raised, assets.writing(path) as partial:
+            partial.mkdir() if is_folder else partial.write_text("half")
+            raise error
+        assert raised.value.filename == str(path) and list(path.parent.glob(".*")) == []
+        assert ("RECONKIT_CACHE" in str(raised.value)) == path.is_relative_to(cache), "advice that helps"
+    assert (tmp_path / "file").read_text() == "old" and not (cache / "deep" / "file").exists()
+    with assets.writing(tmp_path / "file") as partial:
+        partial.write_text("new")
+    assert (tmp_path / "file").read_text() == "new" and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("error", [ValueError("no"), KeyboardInterrupt(), FileNotFoundError(2, "no", "/x"), PermissionError(13, "no", "/x/y")])
+def test_writing_leaves_other_errors_as_they_are(error: BaseException, tmp_path: Path) -> None:
+    with pytest.raises(type(error)) as raised, assets.writing(tmp_path / "file") as partial:
+        partial.write_text("half")
+        raise error
+    assert raised.value is error and list(tmp_path.iterdir()) == []
 
 
 def test_full_disk_is_said_before_anything_is_fetched(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:

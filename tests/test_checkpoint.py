@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import families
 import pytest
 import torch
 
-from reconkit import checkpoint, models, pruning
+from reconkit import checkpoint, models, pruning, runs
 from reconkit.config import ConfigError, PruneConfig
 
 TECHNIQUES = ("LR", "BR", "BR+GP", "BR+GP+CR", "BR+CR")
@@ -135,3 +136,52 @@ def test_an_interrupt_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.Monk
     said = capsys.readouterr().out
     assert f"checkpoint={str(tmp_path)!r}" in said and "window 2 of 3" in said
     assert same(prune(tmp_path, "BR"), prune(None, "BR"))
+
+
+NO_NUMBERS = {"assets", "cost", "overfit", "progress"}
+"Modules that pruning imports and that decide no weight: files, time and memory, words, the bar."
+
+
+def imported(module: str, known: set[str]) -> set[str]:
+    """`module` and every module of the package that it imports, directly or not, at its top or inside a function."""
+    known.add(module)
+    source = Path(checkpoint.__file__).with_name(f"{module}.py").read_text(encoding="utf-8")
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and node.level == 1:
+            for name in [node.module] if node.module else [alias.name for alias in node.names]:
+                if name not in known:
+                    imported(name, known)
+    return known
+
+
+def test_every_module_that_decides_a_weight_is_hashed() -> None:
+    needed = imported("pruning", set())
+    assert {"criteria", "fused", "streams"} <= needed, "imports inside functions count"
+    assert needed - NO_NUMBERS == set(checkpoint.ROOMS)
+    assert needed - NO_NUMBERS <= set(runs.ROOMS)
+
+
+def test_a_full_disk_leaves_no_partial_file_and_the_walk_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, count = torch.save, []
+
+    def full(value: Any, file: Path) -> None:
+        count.append(1)
+        if len(count) == 4:  # the streams of the second window
+            Path(file).write_bytes(b"half")
+            raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")
+        real(value, file)
+
+    monkeypatch.setattr(checkpoint.torch, "save", full)
+    with pytest.raises(OSError, match="cannot be written") as raised:
+        prune(tmp_path / "state", "BR")
+    assert raised.value.filename == str(tmp_path / "state" / "streams-2.pt")
+    assert not list((tmp_path / "state").glob(".*"))
+    monkeypatch.undo()
+    assert same(prune(tmp_path / "state", "BR"), prune(None, "BR"))
+
+
+def test_what_a_killed_process_was_writing_is_removed(tmp_path: Path) -> None:
+    for name in (".key.json.123", ".block-0-1.pt.123"):
+        (tmp_path / name).write_text("half")
+    prune(tmp_path)
+    assert not list(tmp_path.glob(".*"))

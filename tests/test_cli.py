@@ -370,3 +370,43 @@ def test_data_shows_and_clears(cache: Path, two_runs: list[str], capsys: pytest.
     assert status("runs", "list") == 0
     assert "No run is recorded yet" in capsys.readouterr().out
     assert os.path.isdir(cache)
+
+
+def test_a_prune_on_a_read_only_cache_works(read_only: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from reconkit import data, reconstruct
+
+    monkeypatch.setattr(data, "_docstrings", lambda: {f"module {i}": "Some words that are long enough. " * 40 for i in range(9)})
+    monkeypatch.setattr(reconstruct, "_cpu", lambda: "a processor that nobody measured")
+    reconstruct._bf16_pays.cache_clear()
+    before = sorted(read_only.rglob("*"))
+    assert status("prune", *TINY, "--technique", "BR", "--epochs", "1", "--out", str(tmp_path / "out")) == 0
+    reconstruct._bf16_pays.cache_clear()
+    assert (tmp_path / "out" / "model.safetensors").is_file() and sorted(read_only.rglob("*")) == before
+
+
+@pytest.mark.parametrize("options", [(), ("--offload",), ("--checkpoint", "state")])
+def test_a_full_disk_is_one_sentence(options: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    import torch
+    from safetensors import SafetensorError
+    from transformers import PreTrainedModel
+
+    from reconkit import data, models, offload
+
+    def full(*_: object, **__: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    def cut(*_: object, **__: object) -> None:
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")
+
+    models.save_model(*models.load_model("tiny"), tmp_path / "tiny")
+    monkeypatch.setattr(data, "_docstrings", lambda: {f"module {i}": "Some words that are long enough. " * 40 for i in range(9)})
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", full)
+    monkeypatch.setattr(offload, "save_file", full)
+    monkeypatch.setattr(torch, "save", cut)
+    monkeypatch.chdir(tmp_path)
+    words = ["--model", str(tmp_path / "tiny"), *TINY[2:], "--technique", "LR", "--out", str(tmp_path / "out")]
+    assert status("prune", *words, *options) == 1
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith(f"reconkit: {tmp_path}" if "state" not in options else "reconkit: state/")
+    assert "cannot be written (" in last and "make room" in last and "Traceback" not in last
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*")), "nothing is left"

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from reconkit import config
-from reconkit.config import ConfigError, PruneConfig, RunConfig
+from reconkit.config import ConfigError, OverfitConfig, PruneConfig, RunConfig, SelfGenConfig
 
 
 @pytest.mark.parametrize(
@@ -32,6 +33,49 @@ from reconkit.config import ConfigError, PruneConfig, RunConfig
 )  # fmt: skip
 def test_a_wrong_value_is_refused_by_the_name_of_its_field(kind: type, field: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=f"^{field} is .*must be"):
+        kind(**{field: value})
+
+
+class Nothing:
+    """A value of no field's type."""
+
+
+EVERY_FIELD = [(kind, f.name) for kind in (OverfitConfig, SelfGenConfig, PruneConfig, RunConfig) for f in dataclasses.fields(kind)]
+
+
+@pytest.mark.parametrize(("kind", "field"), EVERY_FIELD, ids=lambda v: getattr(v, "__name__", v))
+def test_every_field_refuses_another_type_by_its_name(kind: type, field: str) -> None:
+    kinds = config.field_types(kind)[field]
+    values: list[Any] = [Nothing(), b"bytes", {1, 2}]
+    values += [] if bool in kinds else [True]
+    values += [] if {int, float} & set(kinds) else [1.5, 1]
+    values += [] if str in kinds or field in ("held_out", "evaluate", "test", "tasks") else ["1"]
+    for value in values:
+        with pytest.raises(ConfigError, match=rf"^{field} is .*must be"):
+            kind(**{field: value})
+
+
+@pytest.mark.parametrize("field", ["held_out", "evaluate", "test", "tasks"])
+def test_a_list_of_words_is_neither_numbers_nor_the_letters_of_one(field: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{field} is .*split into letters"):
+        RunConfig(**{field: [*"wiki", "self"]})
+    for value in ([5], [None], 5, None, {"wiki": 1}):
+        with pytest.raises(ConfigError, match=f"^{field} is"):
+            RunConfig(**{field: value})
+
+
+def test_a_path_is_kept_as_text() -> None:
+    paths = {"model": Path("a/b"), "corpus": Path("c.txt"), "extra": Path("d.jsonl"), "checkpoint": Path("e")}
+    made = RunConfig(**paths, test=Path("f.txt"), held_out=[Path("g.txt")])
+    assert (made.model, made.corpus, made.extra, made.checkpoint) == ("a/b", "c.txt", "d.jsonl", "e")
+    assert (made.test, made.held_out) == (("f.txt",), ("g.txt",))
+    assert json.loads(json.dumps(config.to_dict(made)))["model"] == "a/b"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize(("kind", "field"), [(PruneConfig, "sparsity"), (PruneConfig, "learning_rate"), (SelfGenConfig, "temperature")])
+def test_no_number_is_nan_or_infinite(kind: type, field: str, value: float) -> None:
+    with pytest.raises(ConfigError, match=f"^{field} is"):
         kind(**{field: value})
 
 

@@ -407,6 +407,32 @@ enough words to be kept."""
     )
 
 
+def test_a_cache_that_cannot_be_written_gives_the_same_text(tokenizer: Any, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "_docstrings", lambda: {f"module {i}": TEXT for i in range(5)})
+    options = {"count": 4, "length": 20, "split": "train"}
+    monkeypatch.setenv("RECONKIT_CACHE", str(assets.cache_dir() / "other"))
+    expected = data.load_samples("pydocs", tokenizer, **options)
+    monkeypatch.undo()
+    monkeypatch.setattr(data, "_docstrings", lambda: {f"module {i}": TEXT for i in range(5)})
+    cache = request.getfixturevalue("read_only")
+    before = sorted(cache.rglob("*"))
+    assert torch.equal(data.load_samples("pydocs", tokenizer, **options), expected)
+    assert sorted(cache.rglob("*")) == before
+
+
+def test_a_full_disk_leaves_no_part_of_a_kept_text(tokenizer: Any, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import numpy as np
+
+    def full(stream: Any, _: Any) -> None:
+        stream.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(data, "_docstrings", lambda: {f"module {i}": TEXT for i in range(5)})
+    monkeypatch.setattr(np, "save", full)
+    assert data.load_samples("pydocs", tokenizer, count=4, length=20).shape == (4, 20)
+    assert [p.suffix for p in (cache / "text").rglob("*") if p.is_file()] == [".json"]
+
+
 def test_pydocs(tokenizer: Any, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     parts = [data._running_text("pydocs", split) for split in data.SPLITS]
     assert all(sum(map(len, part)) > 60_000 for part in parts) and sum(map(len, parts[0])) > 300_000

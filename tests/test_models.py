@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,69 @@ def test_dtype_is_what_was_asked_for_whatever_was_saved(dtype: torch.dtype, tmp_
 def test_a_name_that_no_source_knows_is_refused_in_a_sentence(name: str) -> None:
     with pytest.raises(ConfigError, match=r"smollm2-135m \(offline\)"):
         models.load_model(name)
+
+
+@pytest.mark.parametrize(("name", "meant"), [("smolm2-135m", "smollm2-135m"), ("SmolLM2-135M", "smollm2-135m"), ("tinny", "tiny")])
+def test_a_name_close_to_an_offline_one_is_told(name: str, meant: str) -> None:
+    with pytest.raises(ConfigError, match=f"perhaps {meant} is meant"):
+        models.check_model(name)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bert-base-uncased", "t5-small"])
+def test_hub_ids_need_no_owner(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    with pytest.raises(ConfigError, match=f"{name}.*HF_HUB_OFFLINE"):
+        models.check_model(name)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    models.check_model(name)
+    assert models.identity(name) == name
+
+
+def test_a_path_is_a_name(tmp_path: Path) -> None:
+    folder = models.save_model(*models.load_model("tiny"), tmp_path / "m")
+    assert models.identity(folder) == models.identity(str(folder))
+    assert models.weights_sum(models.load_model(folder)[0]) == models.weights_sum(models.load_model(str(folder))[0])
+    assert models.weights_sum(models.open_model(folder, tmp_path / "b", device="cpu")[0]) == models.weights_sum(models.load_model("tiny")[0])
+    with pytest.raises(ConfigError, match="no config.json"):
+        models.check_model(tmp_path)
+
+
+SMALL = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+SEQUENCES = {"vocab_size": 64, "d_model": 16, "decoder_layers": 1, "encoder_layers": 1, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24}
+NO_DECODERS = {
+    "t5": ("T5ForConditionalGeneration", {"vocab_size": 64, "d_model": 16, "d_ff": 24, "num_layers": 1, "num_heads": 2}, "an encoder-decoder"),
+    "bart": ("BartForConditionalGeneration", {**SEQUENCES, "encoder_attention_heads": 2, "decoder_attention_heads": 2}, "an encoder-decoder"),
+    "bert": ("BertLMHeadModel", SMALL, "an encoder"),
+    "roberta": ("RobertaForMaskedLM", SMALL, "an encoder"),
+    "distilbert": ("DistilBertForMaskedLM", {"vocab_size": 64, "dim": 16, "n_layers": 1, "n_heads": 2, "hidden_dim": 24}, "an encoder"),
+}
+
+
+@pytest.mark.parametrize("name", NO_DECODERS)
+def test_what_is_no_decoder_is_refused_before_its_weights_are_loaded(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import transformers
+
+    kind, values, said = NO_DECODERS[name]
+    model = getattr(transformers, kind)(getattr(transformers, kind).config_class(**values))
+    model.save_pretrained(tmp_path / name)
+    monkeypatch.setattr(models, "_from_pretrained", None)
+    for refused in (lambda: models.load_model(tmp_path / name), lambda: models.open_model(tmp_path / name, tmp_path / "blocks")):
+        with pytest.raises(ConfigError, match=rf"{said} \({name}\)"):
+            refused()
+    with pytest.raises(ConfigError, match=rf"{kind} is {said} \({name}\)"):
+        models.check_decoder(model)
+
+
+def test_an_encoder_that_was_made_a_decoder_and_every_family_pass(tmp_path: Path) -> None:
+    import transformers
+
+    model = transformers.BertLMHeadModel(transformers.BertConfig(**SMALL, is_decoder=True))
+    models.save_model(model, models.load_model("tiny")[1], tmp_path / "m")
+    assert type(models.load_model(tmp_path / "m")[0]).__name__ == "BertLMHeadModel"
+    for name in families.ALL:
+        models.check_decoder(families.build(name))
+    models.check_decoder(nn.Linear(2, 2))
 
 
 def test_a_hub_that_cannot_be_asked_is_said() -> None:
@@ -105,8 +169,9 @@ def test_a_write_that_breaks_leaves_the_old_model(tmp_path: Path, monkeypatch: p
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(tokenizer, "save_pretrained", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(OSError, match="cannot be written .No space") as raised:
         models.save_model(model, tokenizer, tmp_path / "m")
+    assert raised.value.filename == str(tmp_path / "m") and "RECONKIT_CACHE" not in str(raised.value), "which would not help here"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m"]
     assert models.load_model(str(tmp_path / "m"))[0].config.hidden_size == 64
 
@@ -118,6 +183,17 @@ def test_identity_changes_with_the_files(tmp_path: Path) -> None:
     (tmp_path / "m" / "config.json").write_text((tmp_path / "m" / "config.json").read_text() + "\n")
     assert models.identity(str(tmp_path / "m")) != first
     assert models.identity("facebook/opt-125m") == "facebook/opt-125m"
+
+
+def test_the_offline_model_is_read_from_its_file_where_no_copy_can_be_kept(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = cache / "assets" / models.OFFLINE_FILE
+    file.parent.mkdir()
+    file.touch()
+    monkeypatch.setattr(models.assets, "asset", lambda _: file.parent)
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert models._offline_folder() == str(file)
+    with pytest.raises(OSError, match="RECONKIT_CACHE"):
+        models.open_model("smollm2-135m", cache / "blocks")
 
 
 @pytest.mark.assets

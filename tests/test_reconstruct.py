@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -202,6 +203,16 @@ def test_precision_is_chosen_by_measuring_and_remembered(cache: Any, monkeypatch
         assert len(timed) == 2, "the second process reads what the first measured"
     rooms._bf16_pays.cache_clear()
     assert rooms.resolve_precision("fp32", "cpu") == "fp32" and rooms.resolve_precision("bf16", "cpu") == "bf16"
+
+
+def test_a_measurement_that_cannot_be_kept_is_used(read_only: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rooms, "_cpu", lambda: "a processor that nobody measured")
+    monkeypatch.setattr(rooms, "_seconds", lambda kind: 1.0 if kind == torch.float32 else 0.1)
+    known = (read_only / "precision.json").read_text()
+    rooms._bf16_pays.cache_clear()
+    assert rooms.resolve_precision("auto", "cpu") == "bf16"
+    rooms._bf16_pays.cache_clear()
+    assert (read_only / "precision.json").read_text() == known
 
 
 @pytest.mark.gpu

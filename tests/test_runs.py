@@ -101,6 +101,26 @@ def test_what_decides_a_number_changes_the_fingerprint(change: dict[str, Any]) -
     assert runs.fingerprint(config(**change)) != runs.fingerprint(config())
 
 
+def test_a_read_only_cache_answers_from_its_records_and_says_what_it_cannot_do(request: pytest.FixtureRequest) -> None:
+    first = runs.run(config())
+    request.getfixturevalue("read_only")
+    again = runs.run(config())
+    assert again.cached and again.metrics == first.metrics
+    with pytest.raises(OSError, match="cannot be written .*RECONKIT_CACHE"):
+        runs.run(config(seed=1))
+
+
+def test_a_full_disk_at_the_end_of_a_run_names_the_record(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(cost, "apart", full)
+    with pytest.raises(OSError, match="cannot be written .No space left on device.*RECONKIT_CACHE") as raised:
+        runs.run(config())
+    assert raised.value.filename == str(cache / "runs" / runs.fingerprint(config()))
+    assert [p.suffix for p in (cache / "runs").iterdir()] == [".lock"]
+
+
 def test_what_decides_none_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
     known = runs.fingerprint(config())
     assert runs.fingerprint(config(tag="mine", keep_model=True)) == known

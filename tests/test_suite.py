@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import nbformat
 import pytest
 
 from reconkit import suite
+from reconkit.cli import main
 from reconkit.config import ConfigError
 
 PARAMETERS = 'value: int = 2\nrate: float = 0.5\nword: str = "a"\nparts: list = [1]\nswitch: bool = False\nout_dir: str = ""'
@@ -348,3 +350,122 @@ def test_publishing_writes_the_ledger_into_the_readme(home: Path) -> None:
     assert "it is so: 3 ([00](papermill_runs/published/mine/00_one/notebook.ipynb))" in page and page.endswith("after\n")
     assert "it is so" in (home / "papermill_runs" / "mine" / "index.html").read_text().split("<h2>00_one")[0]
     assert "it is so" in (home / "papermill_runs" / "mine" / "ledger.csv").read_text()
+
+
+BOOK = """model: str = "tiny"
+corpus: str = "wiki"
+held_out: list = ["wiki"]
+test: list = ["wiki"]
+made: list = ["self"]
+criterion: str = "wanda"
+criteria: list = ["wanda"]
+technique: str = "BR+GP"
+techniques: list = ["LR"]
+patterns: list = ["2:4"]
+sparsity: float = 0.5
+sparsities: list = [0.5]
+count: int = 8
+counts: list = [8]
+few_count: int = 4
+extra_count: int = 4
+length: int = 16
+epochs: int = 1
+batch_size: int = 2
+limit: int = 4
+seeds: list = [0, 1]
+symbols: float = 0.05
+write_batch: int = 8
+offload: bool = False
+checkpoint: str = ""
+within: float = 0
+out_dir: str = \"\""""
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ('criterion = "wand"', "criterion is 'wand'; it must be one of magnitude"),
+        ("sparsity = 1.5", "sparsity is 1.5; it must be a number with 0 <= sparsity < 1"),
+        ("sparsity = -0.1", "sparsity is -0.1"),
+        ("sparsity = nan", "sparsity is nan"),
+        ("within = inf", "within is inf"),
+        ("within = true", "within is True; it must be a float"),
+        ('technique = "GP"', "technique is 'GP'"),
+        ('criteria = ["wanda", "wand"]', "criteria: criterion is 'wand'"),
+        ('techniques = ["LR", "RL"]', "techniques: technique is 'RL'"),
+        ('patterns = ["4:2"]', "patterns: pattern is '4:2'"),
+        ("sparsities = [0.5, 1.0]", "sparsities: sparsity is 1.0"),
+        ("sparsities = []", "sparsities is .*one value or more"),
+        ("held_out = []", "held_out is .*one value or more"),
+        ("sparsities = [true]", "sparsities is .*values like those of"),
+        ('seeds = ["0"]', "seeds is .*values like those of"),
+        ("seeds = [0, -1]", "seeds: seed is -1"),
+        ("counts = [0]", "counts: count is 0"),
+        ("count = -5", "count is -5; it must be a whole number of at least 1"),
+        ("few_count = -1", "few_count: count is -1"),
+        ("extra_count = -1", "extra_count: self_generated is -1"),
+        ("epochs = -1", "epochs is -1"),
+        ("batch_size = 0", "batch_size is 0"),
+        ("length = 1", "length is 1"),
+        ("limit = -1", "limit is -1"),
+        ("symbols = 1.5", "symbols is 1.5"),
+        ("write_batch = 0", "write_batch: batch_size is 0"),
+        ('held_out = "wiki"', "held_out is 'wiki'; it must be a list"),
+        ('offload = "false"', "offload is 'false'; it must be a bool"),
+        ("offload = 0", "offload is 0; it must be a bool"),
+        ("count = [8]", "count is .8.; it must be a int"),
+        ("checkpoint = 5", "checkpoint is 5; it must be a str"),
+        ('model = "no-such-model"', "No model is called 'no-such-model'"),
+        ('corpus = "wikki"', "No corpus is called 'wikki'"),
+        ('test = ["wiki", "missing.txt"]', "There is no file missing.txt"),
+    ],
+)
+def test_an_impossible_value_is_refused_before_anything_runs(home: Path, line: str, says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    notebook(home / "notebooks" / "00_one.ipynb", parameters=BOOK)
+    row = '[[run]]\nnotebook = "00_one"\n'
+    for text in (f'{row}name = "mine-run"\n[run.parameters]\n{line}\n', f"[defaults]\n{line}\n{row}"):
+        file = manifest(home, text)
+        assert main(["suite", "run", str(file), "--dry-run"]) == 2 and main(["suite", "run", str(file)]) == 2
+        said = capsys.readouterr().err
+        assert re.search(says, said) and ("mine-run" in said or "00_one" in said) and not file.with_suffix("").exists()
+    name, _, value = line.partition(" = ")
+    assert main(["suite", "new", str(file.with_name("new.toml")), f"{name}=[{value}]", "--notebook", "00_one"]) == 2
+    assert re.search(says, capsys.readouterr().err)
+    assert not file.with_name("new.toml").exists()
+
+
+@pytest.mark.parametrize("line", ["limit = 0", 'checkpoint = ""', "made = []", "sparsity = 0", "within = 1", "epochs = 0", 'corpus = "self"'])
+def test_what_is_possible_is_not_refused(home: Path, line: str) -> None:
+    notebook(home / "notebooks" / "00_one.ipynb", parameters=BOOK)
+    assert suite.run(manifest(home, f'[[run]]\nnotebook = "00_one"\n[run.parameters]\n{line}\n'), dry_run=True) == 0
+
+
+def test_all_faults_of_a_manifest_are_listed_at_once(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    notebook(home / "notebooks" / "00_one.ipynb", parameters=BOOK)
+    first = '[[run]]\nnotebook = "00_one"\nname = "a"\nminutes = nan\n[run.parameters]\ncriterion = "wand"\nsparsity = 1.5\nseeds = [-1]\n'
+    second = '[[run]]\nnotebook = "00_one"\nname = "b"\n[run.parameters]\ncount = "8"\nvalu = 1\n[[run]]\nnotebook = "02_none"\nname = "c"\n'
+    file = manifest(home, first + second)
+    assert main(["suite", "run", str(file), "--dry-run"]) == 2
+    head, *lines = capsys.readouterr().err.strip().splitlines()
+    assert "7 faults" in head and len(lines) == 7
+    for run, said in [("a", "minutes"), ("a", "'wand'"), ("a", "1.5"), ("a", "seeds:"), ("b", "count is"), ("b", "'valu'"), ("c", "02_none")]:
+        assert sum(f"run {run!r}" in line and said in line for line in lines) == 1
+    assert main(["suite", "run", str(manifest(home)), "--jobs", "0"]) == 2
+    assert "--jobs is 0" in capsys.readouterr().err
+
+
+def test_a_full_disk_leaves_nothing_of_a_run_and_says_where(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    notebook(home / "notebooks" / "00_one.ipynb", code="1")
+    write = Path.write_text
+
+    def full(self: Path, *args: Any, **options: Any) -> int:
+        if ".status.json." in self.name:
+            write(self, "half")
+            raise OSError(28, "No space left on device")
+        return write(self, *args, **options)
+
+    monkeypatch.setattr(Path, "write_text", full)
+    assert main(["suite", "run", str(manifest(home)), "--only", "00_one"]) == 1
+    said = capsys.readouterr().err
+    assert "status.json: cannot be written (No space left on device)" in said and "Traceback" not in said
+    assert list((home / "papermill_runs" / "mine").iterdir()) == []

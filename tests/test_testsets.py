@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -143,3 +144,39 @@ def test_a_corpus_gives_as_many_samples_as_the_blanks_take(tiny: tuple, monkeypa
     with pytest.raises(ConfigError, match="only 0 blanks"):
         testsets.cloze_of(*tiny, "made", length=40)
     assert asked == [16], "single bytes make no words, however many there are"
+
+
+def test_sets_that_cannot_be_kept_are_made(tiny: tuple, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"count": 4, "length": 16, "config": CONFIG, "progress": False}
+    expected = testsets.own_text(*tiny, **options)
+    monkeypatch.setenv("RECONKIT_CACHE", str(tmp_path / "unwritable"))
+    monkeypatch.setattr(assets.os, "access", lambda *_: False)
+    monkeypatch.setattr(testsets.selfgen, "write", None)
+    assert torch.equal(testsets.own_text(*tiny, **options), expected)
+    assert not [p for p in (tmp_path / "unwritable").rglob("*") if p.is_file()]
+
+
+def test_a_full_disk_leaves_no_part_of_a_set(tiny: tuple, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"count": 4, "length": 16, "config": CONFIG, "progress": False}
+    expected = testsets.selfgen.generate(*tiny, **options).tokens
+
+    def full(file: Path, *_: Any, **__: Any) -> None:
+        file.with_name(f"{file.name}.partial").write_text("half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(testsets.selfgen, "write", full)
+    assert torch.equal(testsets.own_text(*tiny, **options), expected)
+    assert not [p for p in (cache / "testsets").iterdir() if p.suffix != ".lock"]
+
+
+def test_cloze_items_that_cannot_be_kept_are_made(tiny: tuple, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(testsets.evaluation, "cloze", lambda model, samples, items: torch.ones(len(items), dtype=torch.bool))
+    made = {}
+    for name, access in (("written", os.access), ("not", lambda *_: False)):
+        monkeypatch.setenv("RECONKIT_CACHE", str(tmp_path / name))
+        monkeypatch.setattr(os, "access", access)
+        if name == "not":
+            monkeypatch.setattr(Path, "write_text", lambda *_, **__: (_ for _ in ()).throw(OSError(30, "Read-only file system")))
+        made[name] = testsets.cloze_set(tiny[0], WORDS, text(), "a text", count=20)
+    assert torch.equal(made["written"], made["not"]) and len(made["not"]) == 20
+    assert not [p for p in (tmp_path / "not").rglob("*") if p.is_file()]
