@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -336,6 +336,55 @@ def read_on(model: PreTrainedModel, ids: Tensor, cache: object = None, **options
     word = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"  # renamed in transformers 5.24
     out = model(input_ids=ids, use_cache=True, **{word: cache}, **options)
     return out.logits, out.get("cache", None) or out.past_key_values
+
+
+class _HeadReached(Exception):
+    """Ends a forward where the output embedding would be called."""
+
+
+@torch.no_grad()
+def before_logits(model: PreTrainedModel, ids: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """(states (B, T, H), a function that turns states (B, S, H) into logits (B, S, vocabulary)) of one forward of `ids` (B, T).
+
+    States are what enters the output embedding. The function is the model's own forward: the hidden states of a dummy token are
+    replaced before the output embedding, so that its bias, a scaling or a soft cap of the logits apply as ever. A model whose
+    output embedding is no module, or is not called on (B, T, H), returns its logits as states, and the function returns them as they are.
+    """
+    head, seen = model.get_output_embeddings(), []
+    if head is None:
+        return model(input_ids=ids, use_cache=False).logits, lambda logits: logits
+
+    def stop(_: nn.Module, args: tuple[Any, ...]) -> None:
+        if len(args) == 1 and args[0].shape[:-1] == ids.shape:
+            seen.append(args[0])
+            raise _HeadReached
+
+    def logits(states: Tensor) -> Tensor:
+        with torch.no_grad(), _hooked(head, lambda _, __: (states,)):
+            return model(input_ids=ids.new_zeros(1, 1), use_cache=False).logits
+
+    try:
+        with _hooked(head, stop):
+            whole = model(input_ids=ids, use_cache=False).logits
+    except _HeadReached:
+        return seen[0], logits
+    return whole, lambda logits: logits
+
+
+@contextmanager
+def _hooked(module: nn.Module, hook: Callable[..., Any]) -> Iterator[None]:
+    """`hook` before each call of `module`, for the while."""
+    handle = module.register_forward_pre_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def vocabulary(model: PreTrainedModel) -> int:
+    """Logits of a token."""
+    found = getattr(model.get_output_embeddings(), "out_features", None)
+    return model.config.get_text_config().vocab_size if found is None else found
 
 
 def weights_sum(model: PreTrainedModel) -> str:
