@@ -18,7 +18,7 @@ from torch import Tensor
 from . import cost, data, offload, packing
 from .config import Z95, require
 from .latency import compressed, latency
-from .models import before_logits, blocks, save_model, vocabulary, weight_views, weights_sum
+from .models import before_logits, blocks, save_model, vocabulary, weight_views, weights_sum, writes_from_cache
 from .streams import Runner
 from .zeroshot import answers, check_tasks, compare, items_sum
 
@@ -162,6 +162,7 @@ def generations(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prom
         prompt (text), tokens (ids) and pieces (their texts, one each): kept, they can be compared with what another version writes.
     """
     options = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "num_beams": 1, "pad_token_id": 0}
+    options["use_cache"] = writes_from_cache(model)
     ids = prompts.to(model.device)
     written = model.generate(ids, attention_mask=torch.ones_like(ids), **options)[:, prompts.shape[1] :].tolist()
     return [

@@ -338,6 +338,16 @@ def read_on(model: PreTrainedModel, ids: Tensor, cache: object = None, **options
     return out.logits, out.get("cache", None) or out.past_key_values
 
 
+@torch.no_grad()
+def writes_from_cache(model: PreTrainedModel) -> bool:
+    """Whether generation that keeps what it computed of earlier tokens has the logits of a plain forward; RWKV's batches do not have them."""
+    ids = torch.arange(8, device=model.device).view(2, 4)
+    options = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "num_beams": 1, "pad_token_id": 0}
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), output_logits=True, return_dict_in_generate=True, **options)
+    kept, whole = torch.stack(out.logits, 1).float(), model(input_ids=out.sequences, use_cache=False).logits[:, 3:-1].float()  # (2, 3, V)
+    return bool((kept - whole.to(kept.device)).square().mean() < 0.01 * whole.var())
+
+
 class _HeadReached(Exception):
     """Ends a forward where the output embedding would be called."""
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from .config import ConfigError, SelfGenConfig, require, to_dict
 from .evaluation import sequence_nll
-from .models import weights_sum
+from .models import weights_sum, writes_from_cache
 from .progress import Progress
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def generate(
         for record in _resume(partial, made_by(model, config, length=length, seed=seed, prefixes=prefixes)):
             batch, counts = record["batch"], record["counts"]
             kept += [(tokens, value) for tokens, value in record["kept"]]
-    with Progress("self-generated text", needed, show=progress) as bar:
+    with Progress("self-generated text", needed, show=progress) as bar, _plain(model, _pad(tokenizer)):
         bar.step(min(len(kept), needed))
         while len(kept) < needed:
             if counts["written"] >= PATIENCE and len(kept) < LEAST * counts["written"]:
@@ -201,7 +201,6 @@ def _batch(
 ) -> list[Tensor]:
     """Random crops (length,) of the texts of one batch that did not end early."""
     written = config.written or length
-    end = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     special = torch.tensor(sorted({*tokenizer.all_special_ids, *_ends(model)}))
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
@@ -221,13 +220,16 @@ def _batch(
         for sample, new in steps:
             if new and len(ids):
                 free = {"temperature": config.temperature, "top_k": 0, "top_p": 1.0} if sample else {}
-                with _plain(model, end):
-                    ids = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=sample, max_new_tokens=new, **free)
+                ids = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=sample, max_new_tokens=new, **free)
                 ids = ids[~torch.isin(ids, special.to(ids.device)).any(1)]  # those that ended
         if not len(ids) or ids.shape[1] < written:
             return []
         starts = torch.randint(written - length + 1, (len(ids),)).tolist()
     return [row[start : start + length] for row, start in zip(ids.cpu(), starts, strict=True)]
+
+
+def _pad(tokenizer: PreTrainedTokenizerBase) -> int:
+    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
 
 
 @contextmanager
@@ -236,7 +238,7 @@ def _plain(model: PreTrainedModel, pad: int) -> Iterator[None]:
     from transformers import GenerationConfig
 
     own = model.generation_config
-    model.generation_config = GenerationConfig(eos_token_id=own.eos_token_id, pad_token_id=pad, use_cache=True)
+    model.generation_config = GenerationConfig(eos_token_id=own.eos_token_id, pad_token_id=pad, use_cache=writes_from_cache(model))
     try:
         yield
     finally:

@@ -87,6 +87,23 @@ def test_a_model_that_calls_no_output_embedding_is_read_by_one_plain_forward(sli
     assert seen == [20 * families.VOCABULARY] * 6
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3 (sliding and full layers)", *families.STATES])
+def test_what_a_model_writes_on_is_what_it_finds_likeliest(family: str) -> None:
+    """Each token has the largest logit of a forward over all tokens before it, whatever the family keeps between tokens."""
+    model, prompts = families.build(family), families.tokens(2, 8)
+    model.generation_config.eos_token_id = None
+    for prompt, row in zip(prompts, evaluation.generations(model, models.load_model("tiny")[1], prompts, tokens=6), strict=True):
+        with torch.no_grad():
+            logits = model(torch.cat([prompt, torch.tensor(row["tokens"])])[None], use_cache=False).logits[0, 7:-1]
+        assert logits.argmax(1).tolist() == row["tokens"]
+
+
+@pytest.mark.parametrize("family", families.STATES)
+def test_every_family_is_timed(family: str) -> None:
+    found = evaluation.latency({"it": families.build(family)}, batch_sizes=(2,), length=8, tokens=3, repeats=1)
+    assert (found.value > 0).all() and len(found) == 3
+
+
 def test_interval_is_that_of_the_mean_over_sequences() -> None:
     nll = torch.randn(400, generator=torch.Generator().manual_seed(0), dtype=torch.float64) / 4 + 3
     low, high = evaluation.perplexity_interval(nll)

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import families
 import pytest
 import torch
 from transformers import GenerationConfig
@@ -43,6 +44,15 @@ def test_four_tokens_are_greedy_and_the_rest_is_sampled(tiny: tuple) -> None:
     assert torch.equal(found[:, 1:5], best[:, :4])
     assert not torch.equal(found[:, 5:], best[:, 4:-1])
     assert len(set(found[:, 0].tolist())) > 1, "first tokens are drawn from the vocabulary"
+
+
+def test_a_family_whose_cache_is_wrong_writes_without_it() -> None:
+    """The greedy tokens of RWKV, whose state transformers 5.24 mixes up between the texts of a batch."""
+    model = families.build("rwkv")
+    found = selfgen.self_generate(model, models.load_model("tiny")[1], count=4, length=16, config=ANY, progress=False)
+    with torch.no_grad():
+        best = model(found, use_cache=False).logits.argmax(-1)
+    assert torch.equal(found[:, 1:5], best[:, :4]) and model.generation_config.use_cache is not False
 
 
 def test_perplexities_are_those_of_the_model_and_counts_those_of_the_filters(tiny: tuple) -> None:
