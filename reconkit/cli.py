@@ -359,6 +359,8 @@ def evaluate(a: argparse.Namespace) -> None:
 
     from . import evaluation, models, report, testsets
 
+    for name in (a.model, a.against or a.model):  # before weights are read
+        models.check_length(models.config_of(name), a.length if a.perplexity or a.cloze else 0, "--length: the test text")
     options = {"dtype": getattr(torch, a.dtype), "device": a.device}
     model, tokenizer = models.load_model(a.model, **options)
     other = models.load_model(a.against, **options)[0] if a.against else None

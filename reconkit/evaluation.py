@@ -17,8 +17,8 @@ from torch import Tensor
 
 from . import cost, data, offload, packing
 from .config import Z95, require
-from .latency import compressed, latency
-from .models import before_logits, blocks, save_model, vocabulary, weight_views, weights_sum, writes_from_cache
+from .latency import NEW_TOKENS, PROMPT_TOKENS, compressed, latency
+from .models import before_logits, blocks, check_length, save_model, vocabulary, weight_views, weights_sum, writes_from_cache
 from .streams import Runner
 from .zeroshot import answers, check_tasks, compare, items_sum
 
@@ -37,9 +37,10 @@ def sequence_nll(model: PreTrainedModel, samples: Tensor, *, batch_size: int = 8
     At most `LOGITS` logits are held at once: those of as many sequences as fit, or of a slice of one sequence.
 
     Raises:
-        ConfigError: no sequence, or fewer than two tokens in each.
+        ConfigError: no sequence, fewer than two tokens in each, or more than the model's context.
     """
     require(samples.ndim == 2 and samples.shape[1] >= 2 and len(samples) > 0, "samples", tuple(samples.shape), "(samples, at least 2 tokens)")
+    check_length(model, samples.shape[1], "samples")
     return _read(model, samples, torch.empty(0, 3, dtype=torch.long), len(samples), batch_size)[0]
 
 
@@ -95,7 +96,11 @@ def cloze(model: PreTrainedModel, samples: Tensor, items: Tensor, *, batch_size:
     Args:
         samples: (N, T) tokens in which the blanks are; a blank sees all tokens before it.
         items: (items, 2 + choices): sample, position, the true token, the others. One forward answers all blanks of a sample.
+
+    Raises:
+        ConfigError: the samples are longer than the model's context.
     """
+    check_length(model, samples.shape[1], "samples")
     return _read(model, samples, items, 0, batch_size)[1]
 
 
@@ -160,7 +165,11 @@ def generations(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prom
 
     Returns:
         prompt (text), tokens (ids) and pieces (their texts, one each): kept, they can be compared with what another version writes.
+
+    Raises:
+        ConfigError: prompt and text are longer than the model's context.
     """
+    check_length(model, prompts.shape[1] + tokens, "A prompt with what is written after it")
     options = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "num_beams": 1, "pad_token_id": 0}
     options["use_cache"] = writes_from_cache(model)
     ids = prompts.to(model.device)
@@ -240,8 +249,22 @@ def evaluate(
         items (a fingerprint) and right (per item); generations: rows, see `generations`; speed: rows, see `latency`; size: dict;
         cost: of measuring, see `Cost.record`, and with a price that of a million tokens by batch size;
         fingerprint: what decides these figures, the weights included.
+
+    Raises:
+        ConfigError: an unknown task or corpus, or text that is longer than a model's context, before anything is measured.
+        RuntimeError: the zeros are not those of `sparsity`.
     """
     check_tasks(tasks)
+    lengths = {
+        "The test text": length if perplexity else 0,
+        **{f"texts[{name}]": ids.shape[1] for name, ids in (texts or {}).items()},
+        "The text of the cloze items": blanks[0].shape[1] if blanks else 0,
+        "A prompt with what is written after it": prompts.shape[1] + WRITTEN if prompts is not None else 0,
+        "The text of the speed measurement": PROMPT_TOKENS + NEW_TOKENS if speed else 0,
+    }
+    for name, tokens in lengths.items():
+        for tested in (model, model if against is None else against):
+            check_length(tested, tokens, name)
     measured = size(model)
     if sparsity is not None and not sparsity - 1e-6 <= measured["zeros"] <= sparsity + SPARE:
         had = f"{measured['zeros']:.2%} zeros where {sparsity:.2%} were pruned"

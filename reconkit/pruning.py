@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from . import cost, criteria, offload, overfit, parallel
 from .checkpoint import Checkpoint
 from .config import ConfigError, PruneConfig, nm_pattern
-from .models import WeightView, blocks, weight_views
+from .models import WeightView, blocks, check_length, weight_views
 from .progress import Progress
 from .reconstruct import reconstruct, resolve_precision
 from .streams import Errors, InputTap, Runner, error, room, store
@@ -646,7 +646,6 @@ def _verify(layers: nn.ModuleList, walk: Walk) -> None:
 
 def _check(model: nn.Module, samples: Tensor, config: PruneConfig, extra: Tensor | None, held_out: Mapping[str, Tensor] | None) -> None:
     vocabulary = model.get_input_embeddings().num_embeddings
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     for name, ids in {"samples": samples, "extra": extra, **{f"held_out[{k}]": v for k, v in (held_out or {}).items()}}.items():
         if ids is None:
             continue
@@ -654,8 +653,7 @@ def _check(model: nn.Module, samples: Tensor, config: PruneConfig, extra: Tensor
             raise ConfigError(f"{name} must be a tensor of token ids (samples, tokens), not {getattr(ids, 'shape', type(ids).__name__)}.")
         if int(ids.min()) < 0 or int(ids.max()) >= vocabulary:
             raise ConfigError(f"{name} holds token {int(ids.max())}, beyond the model's vocabulary of {vocabulary}: another model's tokenizer?")
-        if limit and ids.shape[1] > limit:
-            raise ConfigError(f"{name} has {ids.shape[1]} tokens a sample, more than the model's context of {limit}.")
+        check_length(model, ids.shape[1], name)
     trained = {tuple(row) for ids in (samples, extra) if held_out and ids is not None for row in ids.tolist()}
     for name, ids in (held_out or {}).items():
         if name in ("calibration", "extra"):

@@ -371,6 +371,7 @@ def _make_sets(config: RunConfig) -> None:
 def _test_sets(config: RunConfig, model: Any, tokenizer: Any) -> tuple[list[str], dict[str, torch.Tensor], tuple[torch.Tensor, torch.Tensor] | None]:
     """Corpora of the perplexity, the dense model's own test text by name, and the cloze set; made while the model is dense."""
     options = {"count": config.test_count, "length": config.test_length or config.length, "seed": config.draw}
+    _check_lengths(config, model)
     real = [corpus for corpus in config.test if corpus != SELF]
     own: dict[str, torch.Tensor] = {}
     if "perplexity" in config.evaluate:
@@ -384,6 +385,19 @@ def _test_sets(config: RunConfig, model: Any, tokenizer: Any) -> tuple[list[str]
         require(len(real) > 0, "test", config.test, "a list with a corpus in it, from which cloze items can be made")
         blanks = testsets.cloze_of(model, tokenizer, real[0], length=options["length"], seed=config.draw)
     return real if "perplexity" in config.evaluate else [], own, blanks
+
+
+def _check_lengths(config: RunConfig, model: Any) -> None:
+    """Refuse text that is longer than the model's context, before anything is written or pruned."""
+    tested = {"perplexity", "cloze"} & set(config.evaluate)
+    lengths = {
+        "The calibration text": config.length if config.prune else 0,
+        "The test text": (config.test_length or config.length) if tested else 0,
+        "A prompt with what is written after it": PROMPT + evaluation.WRITTEN if "generations" in config.evaluate else 0,
+        "The text of the speed measurement": evaluation.PROMPT_TOKENS + evaluation.NEW_TOKENS if "speed" in config.evaluate else 0,
+    }
+    for name, length in lengths.items():
+        models.check_length(model, length, name)
 
 
 def _prompts(config: RunConfig, tokenizer: Any) -> torch.Tensor:

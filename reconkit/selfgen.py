@@ -24,7 +24,7 @@ from torch import Tensor
 
 from .config import ConfigError, SelfGenConfig, require, to_dict
 from .evaluation import sequence_nll
-from .models import weights_sum, writes_from_cache
+from .models import context, weights_sum, writes_from_cache
 from .progress import Progress
 
 if TYPE_CHECKING:
@@ -289,15 +289,15 @@ def distinct(tokens: list[int]) -> float:
 
 
 def _check(model: PreTrainedModel, config: SelfGenConfig, count: int, length: int, prefixes: Tensor | None) -> None:
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or max(length, config.written or length)
+    limit = context(model) or max(length, config.written or length)
     require(count >= 1, "count", count, "a whole number of at least 1")
     least = config.first + 1
-    require(least <= length <= context, "length", length, f"from {least} to the model's context of {context} tokens")
+    require(least <= length <= limit, "length", length, f"from {least} to the model's context of {limit} tokens")
     require(
-        config.written is None or length <= config.written <= context,
+        config.written is None or length <= config.written <= limit,
         "written",
         config.written,
-        f"from length ({length}) to the model's context of {context} tokens",
+        f"from length ({length}) to the model's context of {limit} tokens",
     )
     if config.start == "prefix":
         there = prefixes is not None and prefixes.ndim == 2 and len(prefixes) > 0 and prefixes.shape[1] >= config.prefix_length

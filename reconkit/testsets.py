@@ -20,7 +20,7 @@ from . import assets, data, evaluation, selfgen
 from .checkpoint import code_hash
 from .config import TEST_SEEDS, Z95, ConfigError, SelfGenConfig, require
 from .evaluation import ids_sum
-from .models import weights_sum
+from .models import check_length, weights_sum
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -141,8 +141,9 @@ def cloze_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, corpus:
     """(samples, items): `cloze_set` in as much of a corpus's test split as it takes.
 
     Raises:
-        ConfigError: as `cloze_set`, or the whole split is too short.
+        ConfigError: as `cloze_set`, the whole split is too short, or `length` is more than the model's context.
     """
+    check_length(model, length, "The text of the cloze items")
     count = FIRST
     while True:
         samples = data.load_samples(corpus, tokenizer, count=count, length=length, split="test", seed=seed)

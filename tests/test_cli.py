@@ -224,6 +224,19 @@ def test_an_unknown_task_is_refused_before_a_model_is_loaded(monkeypatch: pytest
     assert "boolq" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("more", [(), ("--against", "tiny"), ("--perplexity", "self"), ("--cloze",)])
+def test_evaluate_beyond_the_context_is_refused_before_weights_are_read(
+    more: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from reconkit import models
+
+    folder = models.save_model(*models.load_model("tiny"), tmp_path / "model")
+    (folder / "model.safetensors").unlink()
+    monkeypatch.setattr(models, "load_model", lambda *args, **options: pytest.fail("loaded first"))
+    assert status("evaluate", str(folder), "--perplexity", "pydocs", "--length", "513", *more) == 2
+    assert capsys.readouterr().err == "reconkit: --length: the test text has 513 tokens a sample, more than the model's context of 512.\n"
+
+
 def test_evaluate_on_text_of_the_dense_models_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "own.json"
     words = ("evaluate", "tiny", "--against", "tiny", "--perplexity", "pydocs", "self", "--count", "4", "--length", "32", "--out", str(out))

@@ -135,6 +135,40 @@ def test_too_short_sequences_are_refused(tiny: tuple) -> None:
         evaluation.perplexity(tiny[0], tokens(3, 1))
 
 
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"perplexity": ["pydocs"], "length": 513}, "The test text has 513 tokens a sample, more than the model's context of 512"),
+        ({"texts": {"own": tokens(2, 600)}}, r"texts\[own\] has 600"),
+        ({"blanks": (tokens(2, 600), tokens(2, 6))}, "The text of the cloze items has 600"),
+        ({"prompts": tokens(2, 500)}, "written after it has 548"),
+    ],
+)
+def test_text_beyond_the_context_is_refused_before_anything_is_measured(
+    options: dict, named: str, tiny: tuple, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluation, "size", lambda model: pytest.fail("measured first"))
+    with pytest.raises(ConfigError, match=named):
+        evaluation.evaluate(*tiny, **{"perplexity": [], **options})
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2 (Conv1D)", "opt (biases, learned positions)"])
+def test_every_reader_refuses_text_beyond_the_context(family: str, tiny: tuple) -> None:
+    model, items = families.build(family), torch.tensor([[0, 4, 5, 6]])
+    readers = (
+        lambda ids: evaluation.sequence_nll(model, ids),
+        lambda ids: evaluation.perplexity(model, ids),
+        lambda ids: evaluation.cloze(model, ids, items),
+        lambda ids: evaluation.generations(model, tiny[1], ids, tokens=0),
+    )
+    for read in readers:
+        with pytest.raises(ConfigError, match="has 65 tokens a sample, more than the model's context of 64"):
+            read(families.tokens(2, 65))
+    assert float(evaluation.sequence_nll(model, families.tokens(2, 64)).mean()) > 0
+    with pytest.raises(ConfigError, match="speed measurement has 160 tokens"):
+        evaluation.evaluate(model, tiny[1], perplexity=[], speed=True)
+
+
 def test_the_record_refuses_before_it_measures(tiny: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evaluation, "sequence_nll", lambda *args, **options: pytest.fail("measured first"))
     with pytest.raises(ConfigError, match="chess"):

@@ -313,6 +313,17 @@ def test_what_the_caller_freed_before_hides_no_memory(cache: Path) -> None:
     assert again.metrics["memory/rss"] == pytest.approx(first.metrics["memory/rss"], rel=0.5)  # in this process it would be near zero
 
 
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [({"length": 513, "test_length": 32}, "The calibration text has 513"), ({"test_length": 513}, "The test text has 513")],
+)
+def test_text_beyond_the_context_is_refused_before_the_pruning(values: dict[str, Any], named: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runs.cost, "apart", lambda work, *args: work(*args))
+    monkeypatch.setattr(runs.pruning, "prune", lambda *args, **options: pytest.fail("pruned first"))
+    with pytest.raises(ConfigError, match=f"{named} tokens a sample, more than the model's context of 512"):
+        runs.run(config(**values))
+
+
 def test_texts_of_one_name_are_refused_before_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(runs, "_compute", None)
     files = [tmp_path / folder / "mine.txt" for folder in "ab"]
