@@ -8,8 +8,10 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import re
+import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 CRITERIA = ("magnitude", "wanda", "sparsegpt")
@@ -339,6 +341,33 @@ class RunConfig:
     def draw(self) -> int:
         """The seed of the held-out and test samples."""
         return self.seed if self.test_seed is None else self.test_seed
+
+
+def read_text(file: Path) -> str:
+    """The text of a file in UTF-8, without a byte order mark.
+
+    Raises:
+        ConfigError: it is in another encoding; the message says where that shows.
+    """
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file} is not UTF-8 text ({error.reason} at byte {error.start}); save it in UTF-8.") from error
+    if text.count("\0") > len(text) // 4:  # letters of UTF-16 without a mark are valid UTF-8, with a zero byte beside each
+        raise ConfigError(f"{file} is not UTF-8 text (every other byte is zero, as in UTF-16); save it in UTF-8.")
+    return text
+
+
+def read_toml(file: Path) -> dict[str, Any]:
+    """The tables of a TOML file.
+
+    Raises:
+        ConfigError: it is not valid TOML, or not in UTF-8.
+    """
+    try:
+        return tomllib.loads(read_text(file))
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{file.name} is not valid TOML: {error}.") from None
 
 
 def to_dict(config: Any) -> dict[str, Any]:

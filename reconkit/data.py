@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import assets
-from .config import ConfigError, one_of, require
+from .config import ConfigError, one_of, read_text, require
 
 if TYPE_CHECKING:
     import numpy as np
@@ -319,7 +319,7 @@ def _running_text(corpus: str, split: str) -> list[str]:
     if corpus == "ptb" and not files:
         raise ConfigError(f"The mirror that RECONKIT_DATA names holds no ptb ({split}); its files are ptb/ptb.{{train,valid,test}}.txt.")
     # On the hub, the blank lines of the file have lost their space.
-    return _pieces(_read(files[0]) if files else "".join(line or " \n" for line in _hub(WIKITEXT2, split)))
+    return _pieces(read_text(files[0]) if files else "".join(line or " \n" for line in _hub(WIKITEXT2, split)))
 
 
 def _share(documents: dict[str, str], train: int, split: str) -> list[str]:
@@ -339,35 +339,38 @@ def _pieces(text: str) -> list[str]:
     return pieces
 
 
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}).") from error
-
-
 def _read_jsonl(path: Path) -> list[Document]:
     """The "tokens" (a list of whole numbers) or else the "text" of every line."""
     documents: list[Document] = []
-    for number, line in enumerate(_read(path).split("\n"), 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
         try:
             record = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:  # a number of too many digits, lists in too many lists
+            before = f", as are the {len(documents)} whole lines before it" if documents else ""
             raise ConfigError(
-                f"{path}, line {number} is not JSON ({error.msg}); every line is an object with a text, "
-                f"as are the {len(documents)} whole lines before it."
+                f"{path}, line {number} is not JSON ({getattr(error, 'msg', error)}); every line is an object with a text{before}."
             ) from error
         fields = record if isinstance(record, dict) else {}
         tokens, text = fields.get("tokens"), fields.get("text")
         if isinstance(tokens, list) and tokens and all(type(token) is int and token >= 0 for token in tokens):
             documents.append(tokens)
         elif isinstance(text, str):
-            documents.append(text)
+            documents.append(_encodable(text, f"{path}, line {number}"))
         else:
-            raise ConfigError(f'{path}, line {number} has neither a "text" nor a list of "tokens".')
+            there = ", ".join(f"{name}: {json.dumps(value)[:20]}" for name, value in list(fields.items())[:12]) or json.dumps(record)[:20]
+            raise ConfigError(f'{path}, line {number} has neither a "text" (a string) nor "tokens" (whole numbers of at least 0); it has {there}.')
     return documents
+
+
+def _encodable(text: str, where: str) -> str:
+    """`text`, unless it holds half of a surrogate pair, which JSON can spell and no tokenizer can read."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"{where} has a text with half of a surrogate pair, {ascii(text[error.start])}, at character {error.start}.") from None
+    return text
 
 
 def _hub(corpus: str, split: str) -> Sequence[str]:
@@ -431,7 +434,7 @@ def _wiki() -> dict[str, str]:
 
 
 def _news() -> dict[str, str]:
-    stories = _read(next(assets.asset("gensim").rglob("lee_background.cor"))).splitlines()
+    stories = read_text(next(assets.asset("gensim").rglob("lee_background.cor"))).splitlines()
     return {story.strip(): story.strip() for story in stories if story.strip()}
 
 

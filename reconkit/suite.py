@@ -30,7 +30,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -44,7 +43,7 @@ import torch
 
 from . import assets, cluster, data, ledger, models, report, runs, sweep
 from . import book as pages
-from .config import SELF, ConfigError, one_of, require
+from .config import SELF, ConfigError, one_of, read_toml, require
 
 PUBLISHED = "published"
 SCALES = "papermill_runs"
@@ -111,10 +110,7 @@ def load_manifest(manifest: str | Path) -> Suite:
         known = sorted(p.name for p in file.parent.glob("*.toml")) if file.parent.is_dir() else []
         hint = f"a word is looked up in {SCALES}/ of the current folder, " if str(manifest) == file.stem else ""
         raise ConfigError(f"There is no manifest {manifest}; {hint}{'there are: ' + ', '.join(known) if known else 'reconkit suite new writes one'}.")
-    try:
-        written = tomllib.loads(file.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file.name} is not valid TOML: {error}.") from None
+    written = read_toml(file)
     _known(file.name, written, ("defaults", "run"))
     defaults, rows = written.get("defaults", {}), written.get("run", [])
     require(isinstance(defaults, dict), f"{file.name}: defaults", defaults, "a table of parameters")

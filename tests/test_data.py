@@ -219,15 +219,33 @@ def test_checking_a_name_imports_no_heavy_library() -> None:
     [
         (b'{"text": "a"}\n{"text"', "line 2 is not JSON"),
         (b'{"body": "a"}', 'line 1 has neither a "text"'),
-        (b"[1]", "line 1 has neither"),
+        (b'{"body": "a", "id": 1}', 'it has body: "a", id: 1'),
+        (b'{"text": "a"}\n{"text": null}', 'line 2 has neither a "text".*it has text: null'),
+        (b'{"tokens": [1, 2.0]}', 'line 1 has neither a "text"'),
+        (b"[1]", r"line 1 has neither.*it has \[1\]"),
         (b"\xff\xfe", "UTF-8"),
+        ('{"text": "a"}'.encode("utf-16"), "not UTF-8 text .*save it in UTF-8"),
+        ('{"text": "a"}'.encode("utf-16-le"), "every other byte is zero, as in UTF-16"),
+        (b'{"text": "a"}\n\n{"text": "a \\ud83d b"}', r"line 3 has a text with half of a surrogate pair, '\\ud83d', at character 2"),
+        (b'{"text": "a", "n": ' + b"1" * 5000 + b"}", "line 1 is not JSON"),
+        (b"[" * 100_000, "line 1 is not JSON"),
     ],
 )
 def test_a_broken_file_is_named_with_its_line(content: bytes, named: str, tmp_path: Path, tokenizer: Any) -> None:
     file = tmp_path / "broken.jsonl"
     file.write_bytes(content)
-    with pytest.raises(ConfigError, match=f"broken.jsonl.*{named}"):
-        data.load_samples(str(file), tokenizer, count=1, length=1)
+    for read in (lambda: data.load_samples(str(file), tokenizer, count=1, length=1), lambda: data.prefixes(str(file), tokenizer, length=1)):
+        with pytest.raises(ConfigError, match=f"broken.jsonl.*{named}") as raised:
+            read()
+        assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".txt"])
+def test_a_byte_order_mark_is_no_text(suffix: str, tmp_path: Path, tokenizer: Any) -> None:
+    text = "a\U0001f600b\0c\u2028d" * 9
+    file = tmp_path / f"marked{suffix}"
+    file.write_text(json.dumps({"text": text}) + "\r\n" if suffix == ".jsonl" else text, encoding="utf-8-sig")
+    assert tokenizer.decode(data.load_samples(str(file), tokenizer, count=None, length=30)[0]) == text.encode()[:30].decode()
 
 
 # The mirror and the hub
