@@ -308,6 +308,8 @@ class RunConfig:
     "Tag or id of the version that this one follows, with which it is compared; not part of the fingerprint."
     price_per_hour: float | None = None
     "Price of the machine in any currency, for what a version costs to make and a million tokens to serve; not part of the fingerprint."
+    bos: bool | str = False
+    "False, as in the paper, or auto: samples start with the BOS token of a tokenizer that puts one before a text (Gemma). It is never predicted."
 
     def __post_init__(self) -> None:
         for name in ("held_out", "evaluate", "test", "tasks"):
@@ -334,6 +336,7 @@ class RunConfig:
         require(self.prune is None or isinstance(self.prune, PruneConfig), "prune", self.prune, "a PruneConfig, or None for the dense model")
         price = self.price_per_hour
         require(price is None or (_is_number(price) and price >= 0), "price_per_hour", price, "a price of at least 0, or None")
+        require(self.bos is False or self.bos == "auto", "bos", self.bos, "False or auto")
         require(self.dtype in ("float32", "bfloat16", "float16"), "dtype", self.dtype, "float32, bfloat16 or float16")
         require(self.device in ("auto", "cuda", "mps", "cpu"), "device", self.device, "auto, cuda, mps or cpu")
 

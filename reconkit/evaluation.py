@@ -225,6 +225,7 @@ def evaluate(
     texts: Mapping[str, Tensor] | None = None,
     blanks: tuple[Tensor, Tensor] | None = None,
     prompts: Tensor | None = None,
+    bos: bool | str = False,
 ) -> dict[str, Any]:
     """The record of a model: everything that was asked for, with 95 % intervals, and what measuring it took.
 
@@ -241,6 +242,7 @@ def evaluate(
         texts: further samples (N, T) by name, such as text of the model's own; their split is called "given".
         blanks: (samples, items) of a cloze set, see `cloze`.
         prompts: tokens (N, T) from which it writes on, see `generations`.
+        bos: False, or auto: of the samples of `perplexity`, see `data.load_samples`.
 
     Returns:
         perplexity: rows of corpus (of a file, its name), split, length, tokens, data (a fingerprint), samples (another), dtype,
@@ -269,7 +271,7 @@ def evaluate(
     if sparsity is not None and not sparsity - 1e-6 <= measured["zeros"] <= sparsity + SPARE:
         had = f"{measured['zeros']:.2%} zeros where {sparsity:.2%} were pruned"
         raise RuntimeError(f"The model to be measured has {had}: it is another model, or its masks were lost.")
-    options = {"length": length, "split": split}
+    options = {"length": length, "split": split, "bos": bos}
     drawn = {
         c: data.load_reported(c, tokenizer, **options) if count is None else data.load_samples(c, tokenizer, count=count, seed=seed, **options)
         for c in perplexity
@@ -314,6 +316,7 @@ def evaluate(
         spent |= {f"million_tokens/{row['batch']}": cost.million_tokens(row["value"], price_per_hour) for row in own}
     facts = [[data.identity(c, split) for c in perplexity], split, count, length, list(tasks), limit, seed, str(model.dtype), weights_sum(model)]
     facts += [sorted((name, ids_sum(ids)) for name, ids in (texts or {}).items()), [ids_sum(b) for b in blanks or ()]]
+    facts += [bos] if bos else []
     return {
         "perplexity": rows,
         "cloze": filled,

@@ -44,7 +44,10 @@ def test_the_second_time_costs_nothing_and_says_the_same(monkeypatch: pytest.Mon
     assert (first.cached, second.cached) == (False, True)
     assert second.metrics == first.metrics and second.errors.equals(first.errors) and second.training.equals(first.training)
     assert second.config == config() and second.id == runs.fingerprint(config())
-    assert list(first.errors.columns) == ["block", "source", "mse", "nmse", "token_nmse", "token_nmse_90"] and set(first.errors.source) == {"calibration", "pydocs"}
+    assert list(first.errors.columns) == ["block", "source", "mse", "nmse", "token_nmse", "token_nmse_90"] and set(first.errors.source) == {
+        "calibration",
+        "pydocs",
+    }
     assert first.training.window.tolist()[0] == "0" and first.metrics["sparsity"] == 0.5
     assert {"perplexity/pydocs", "perplexity/pydocs/low", "nmse/pydocs", "mse/calibration", "seconds/prune", "memory/rss", "size/parameters"} <= set(
         first.metrics
@@ -311,6 +314,30 @@ def test_what_the_caller_freed_before_hides_no_memory(cache: Path) -> None:
     again = runs.run(one)
     assert not again.cached and len(last) == 1000
     assert again.metrics["memory/rss"] == pytest.approx(first.metrics["memory/rss"], rel=0.5)  # in this process it would be near zero
+
+
+def test_a_run_with_a_bos_token_reads_it_before_every_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    model, tokenizer = models.load_model("tiny")
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
+    models.save_model(model, tokenizer, tmp_path / "model")
+    read: list[Any] = []
+
+    def noted(where: Any, name: str) -> None:
+        real = getattr(where, name)
+        monkeypatch.setattr(where, name, lambda *args, **more: read.extend([args[1], *more.get("held_out", {}).values()]) or real(*args, **more))
+
+    monkeypatch.setattr(runs.cost, "apart", lambda work, *args: work(*args))
+    noted(runs.evaluation, "sequence_nll")
+    noted(runs.pruning, "prune")
+    selfgen = SelfGenConfig(batch_size=8)
+    values = {"model": str(tmp_path / "model"), "test": ("pydocs", "self"), "self_generated": 2, "selfgen": selfgen}
+    with_bos, without = runs.run(config(**values, bos="auto")), runs.fingerprint(config(**values))
+    assert with_bos.id != without and with_bos.config.bos == "auto"
+    assert len(read) >= 4 and all((ids[:, 0] == 1).all() and not (ids[:, 1:] == 1).any() for ids in read)
+    with pytest.raises(ConfigError, match="bos is True; it must be False or auto"):
+        config(bos=True)
 
 
 @pytest.mark.parametrize(
