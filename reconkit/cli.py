@@ -139,6 +139,7 @@ def _prune_words(word: argparse.ArgumentParser) -> None:
     word.add_argument(
         "--layers", nargs="+", default=[PruneConfig.layers], help=f"{', '.join(LAYERS)}, or name patterns such as 'mlp.*'; default: all"
     )
+    word.add_argument("--bos", choices=["auto"], default=False, help=BOS)
     word.add_argument("--recompute", action="store_true", help="recompute activations in the backward pass: less memory, more time")
     word.add_argument("--seed", type=int, default=PruneConfig.seed, help="of the draw and the order of samples; default: %(default)s")
     word.add_argument("--extra", metavar="FILE.jsonl", help="text that only trains, such as `reconkit selfgen` writes")
@@ -147,6 +148,9 @@ def _prune_words(word: argparse.ArgumentParser) -> None:
     word.add_argument("--offload", action="store_true", help="read blocks from disk one at a time, for models larger than memory")
     word.add_argument("--checkpoint", metavar="DIR", help="keep the state after every window; the same command continues from it")
     _machine_words(word)
+
+
+BOS = "auto: samples start with the BOS token of a tokenizer that puts one before a text, such as Gemma's; default: none, as in the paper"
 
 
 def _machine_words(word: argparse.ArgumentParser) -> None:
@@ -174,6 +178,7 @@ def _selfgen_words(word: argparse.ArgumentParser) -> None:
     word.add_argument("--count", type=int, default=RunConfig.count, help="texts; default: %(default)s")
     word.add_argument("--length", type=int, default=RunConfig.length, help="tokens in a text; default: %(default)s")
     word.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    word.add_argument("--bos", choices=["auto"], default=False, help=BOS)
     word.add_argument("--out", required=True, metavar="FILE.jsonl", help="for --extra of `reconkit prune`; an interrupted file goes on")
     word.add_argument("--prefixes", default=RunConfig.corpus, metavar="CORPUS", help="real text for --start prefix; default: %(default)s")
     _config_words(word, SelfGenConfig, SELFGEN_FLAGS)
@@ -198,6 +203,7 @@ def _evaluate_words(word: argparse.ArgumentParser) -> None:
     word.add_argument("--split", choices=("train", "validation", "test"), default="test", help="default: %(default)s")
     word.add_argument("--count", type=int, default=RunConfig.test_count, help="samples of each corpus; 0: the whole split; default: %(default)s")
     word.add_argument("--length", type=int, default=RunConfig.length, help="tokens in a sample; default: %(default)s")
+    word.add_argument("--bos", choices=["auto"], default=False, help=BOS)
     word.add_argument("--tasks", nargs="*", default=[], metavar="TASK", help=f"zero-shot tasks: {', '.join(RunConfig.tasks)}")
     word.add_argument("--limit", type=int, default=RunConfig.limit, help="items of each task, a seeded draw; 0: all; default: %(default)s")
     word.add_argument("--speed", action="store_true", help="time generation as well, in turns with --against")
@@ -263,7 +269,7 @@ def _runs_words(word: argparse.ArgumentParser) -> None:
 def prune(a: argparse.Namespace) -> None:
     layers = a.layers[0] if len(a.layers) == 1 and a.layers[0] in LAYERS else tuple(a.layers)
     config = PruneConfig(**{flag: getattr(a, flag) for flag in PRUNE_FLAGS}, layers=layers, recompute=a.recompute, seed=a.seed)
-    options = {"extra": a.extra, "seed": a.seed, "device": a.device, "dtype": a.dtype, "price_per_hour": a.price_per_hour}
+    options = {"extra": a.extra, "seed": a.seed, "device": a.device, "dtype": a.dtype, "price_per_hour": a.price_per_hour, "bos": a.bos}
     job = RunConfig(a.model, a.corpus, a.count, a.length, tuple(a.held_out), config, **options)
     check_one_process()
     _check_texts([a.corpus, *a.held_out, *([a.extra] if a.extra else [])])
@@ -294,11 +300,10 @@ def prune(a: argparse.Namespace) -> None:
 def _prune(a: argparse.Namespace, job: RunConfig, config: PruneConfig, model: Any, tokenizer: Any) -> Any:
     from . import data, pruning
 
-    samples = data.load_samples(a.corpus, tokenizer, count=a.count, length=a.length, seed=a.seed)
-    extra = data.load_samples(a.extra, tokenizer, count=None, length=a.length, seed=a.seed) if a.extra else None
-    held_out = {
-        name: data.load_samples(name, tokenizer, count=job.held_out_count, length=a.length, split="validation", seed=a.seed) for name in a.held_out
-    }
+    options = {"length": a.length, "seed": a.seed, "bos": a.bos}
+    samples = data.load_samples(a.corpus, tokenizer, count=a.count, **options)
+    extra = data.load_samples(a.extra, tokenizer, count=None, **options) if a.extra else None
+    held_out = {name: data.load_samples(name, tokenizer, count=job.held_out_count, split="validation", **options) for name in a.held_out}
     return pruning.prune(model, samples, config, extra=extra, held_out=held_out, checkpoint=a.checkpoint)
 
 
@@ -356,7 +361,8 @@ def selfgen(a: argparse.Namespace) -> None:
         prefixes = data.prefixes(a.prefixes, tokenizer, length=config.prefix_length, seed=a.seed)
     try:
         with assets.disk(Path(a.out).absolute()):
-            found = room.write(a.out, model, tokenizer, count=a.count, length=a.length, seed=a.seed, config=config, prefixes=prefixes)
+            options = {"count": a.count, "length": a.length, "seed": a.seed, "bos": a.bos}
+            found = room.write(a.out, model, tokenizer, config=config, prefixes=prefixes, **options)
     except KeyboardInterrupt:
         print(f"\nStopped; the same command goes on from {a.out}.partial.", file=sys.stderr)
         raise
@@ -379,11 +385,13 @@ def evaluate(a: argparse.Namespace) -> None:
 
     from . import evaluation, models, report, testsets
 
+    for name in (a.model, a.against or a.model):  # before weights are read
+        models.check_length(models.config_of(name), a.length if a.perplexity or a.cloze else 0, "--length: the test text")
     options = {"dtype": getattr(torch, a.dtype), "device": a.device}
     model, tokenizer = models.load_model(a.model, **options)
     other = models.load_model(a.against, **options)[0] if a.against else None
     dense = model if other is None else other
-    sets = {"length": a.length, "seed": a.seed}
+    sets = {"length": a.length, "seed": a.seed, "bos": a.bos}
     record = evaluation.evaluate(
         model,
         tokenizer,
@@ -401,6 +409,7 @@ def evaluate(a: argparse.Namespace) -> None:
         packed=a.packed,
         price_per_hour=a.price_per_hour,
         seed=a.seed,
+        bos=a.bos,
     )
     print(report.evaluation(record))
     if a.out:

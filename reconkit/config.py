@@ -10,9 +10,11 @@ import fnmatch
 import math
 import os
 import re
+import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from functools import cache
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -331,6 +333,8 @@ class RunConfig:
     "Tag or id of the version that this one follows, with which it is compared; not part of the fingerprint."
     price_per_hour: float | None = None
     "Price of the machine in any currency, for what a version costs to make and a million tokens to serve; not part of the fingerprint."
+    bos: bool | str = False
+    "False, as in the paper, or auto: samples start with the BOS token of a tokenizer that puts one before a text (Gemma). It is never predicted."
 
     def __post_init__(self) -> None:
         for name in ("model", "corpus", "extra", "checkpoint"):
@@ -363,6 +367,7 @@ class RunConfig:
         require(self.prune is None or isinstance(self.prune, PruneConfig), "prune", self.prune, "a PruneConfig, or None for the dense model")
         price = self.price_per_hour
         require(price is None or (_is_number(price) and price >= 0), "price_per_hour", price, "a price of at least 0, or None")
+        require(self.bos is False or self.bos == "auto", "bos", self.bos, "False or auto")
         require(self.dtype in ("float32", "bfloat16", "float16"), "dtype", self.dtype, "float32, bfloat16 or float16")
         require(self.device in ("auto", "cuda", "mps", "cpu"), "device", self.device, "auto, cuda, mps or cpu")
         _check_types(self)
@@ -371,6 +376,33 @@ class RunConfig:
     def draw(self) -> int:
         """The seed of the held-out and test samples."""
         return self.seed if self.test_seed is None else self.test_seed
+
+
+def read_text(file: Path) -> str:
+    """The text of a file in UTF-8, without a byte order mark.
+
+    Raises:
+        ConfigError: it is in another encoding; the message says where that shows.
+    """
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file} is not UTF-8 text ({error.reason} at byte {error.start}); save it in UTF-8.") from error
+    if text.count("\0") > len(text) // 4:  # letters of UTF-16 without a mark are valid UTF-8, with a zero byte beside each
+        raise ConfigError(f"{file} is not UTF-8 text (every other byte is zero, as in UTF-16); save it in UTF-8.")
+    return text
+
+
+def read_toml(file: Path) -> dict[str, Any]:
+    """The tables of a TOML file.
+
+    Raises:
+        ConfigError: it is not valid TOML, or not in UTF-8.
+    """
+    try:
+        return tomllib.loads(read_text(file))
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{file.name} is not valid TOML: {error}.") from None
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import assets
-from .config import ConfigError, one_of, require
+from .config import ConfigError, one_of, read_text, require
 
 if TYPE_CHECKING:
     import numpy as np
@@ -84,9 +84,16 @@ def check_corpus(name: str) -> None:
 
 
 def load_samples(
-    corpus: str, tokenizer: PreTrainedTokenizerBase, *, count: int | None = 64, length: int = 256, split: str = "train", seed: int = 0
+    corpus: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    count: int | None = 64,
+    length: int = 256,
+    split: str = "train",
+    seed: int = 0,
+    bos: bool | str = False,
 ) -> LongTensor:
-    """Token samples (count, length) of a corpus, without special tokens. A smaller count gives the first of a larger one.
+    """Token samples (count, length) of a corpus, without special tokens in the text. A smaller count gives the first of a larger one.
 
     Args:
         corpus: wiki, news, pydocs, c4, wikitext2, ptb, a .txt or .jsonl file, or a hub data set. Of documents (c4, .jsonl,
@@ -95,6 +102,7 @@ def load_samples(
         length: tokens in a sample.
         split: train, validation or test; a file has one split under every name.
         seed: of the draw.
+        bos: False as in the paper, or auto: see `bos_token`. The first of the `length` tokens is then the BOS token, which is never predicted.
 
     Raises:
         ConfigError: a wrong word, a source that cannot be asked, or too little text; the message says how many are possible.
@@ -103,16 +111,37 @@ def load_samples(
     import numpy as np
     import torch
 
-    samples = _drawn(corpus, tokenizer, count, length, split, seed)
+    first = bos_token(tokenizer, bos)
+    require(length > len(first), "length", length, f"a whole number above {len(first)}")
+    samples = _drawn(corpus, tokenizer, count, length - len(first), split, seed)
     if len(samples) < (count or 1):
         raise ConfigError(
             f"{corpus}{'' if _is_file(corpus) else f' ({split})'} holds only {len(samples)} samples of {length} tokens, "
             f"and {count or 'at least 1'} were asked for; ask for fewer or shorter ones."
         )
-    return torch.from_numpy(np.asarray(samples, dtype=np.int64))
+    return begun(torch.from_numpy(np.asarray(samples, dtype=np.int64)), first)
 
 
-def load_reported(corpus: str, tokenizer: PreTrainedTokenizerBase, *, length: int, split: str = "test") -> LongTensor:
+def bos_token(tokenizer: PreTrainedTokenizerBase, bos: bool | str) -> list[int]:
+    """The token that starts every sample: none, or for auto the tokenizer's BOS token if the tokenizer puts it before a text (Gemma).
+
+    Raises:
+        ConfigError: `bos` is neither False nor auto.
+    """
+    require(bos is False or bos == "auto", "bos", bos, "False or auto")
+    if not bos or tokenizer.bos_token_id is None:
+        return []
+    return [tokenizer.bos_token_id] if tokenizer("word")["input_ids"][:1] == [tokenizer.bos_token_id] else []
+
+
+def begun(samples: LongTensor, first: list[int]) -> LongTensor:
+    """`samples` (N, T) with the tokens `first` before each."""
+    import torch
+
+    return torch.cat([samples.new_tensor(first).expand(len(samples), len(first)), samples], 1)
+
+
+def load_reported(corpus: str, tokenizer: PreTrainedTokenizerBase, *, length: int, split: str = "test", bos: bool | str = False) -> LongTensor:
     """The text on which the field reports perplexity, as non-overlapping samples (any, length) in order.
 
     That is the whole split; of C4, which has no test split and is endless, the first 1,100 documents of its validation, joined
@@ -122,16 +151,18 @@ def load_reported(corpus: str, tokenizer: PreTrainedTokenizerBase, *, length: in
         ConfigError: as `load_samples`.
     """
     if corpus != "c4":
-        return load_samples(corpus, tokenizer, count=None, length=length, split=split)
+        return load_samples(corpus, tokenizer, count=None, length=length, split=split, bos=bos)
     import torch
 
+    first = bos_token(tokenizer, bos)
+    require(length > len(first), "length", length, f"a whole number above {len(first)}")
     documents, most = REPORTED
     files = _files("c4", "validation")
     texts = chain.from_iterable(map(_read_jsonl, files)) if files else _c4_stream("validation")
     joined = " ".join(str(text) for text in islice(texts, documents))
-    windows = _windows(_joined(_pieces(joined), tokenizer), None, length, _generator("c4"))[:most]
+    windows = _windows(_joined(_pieces(joined), tokenizer), None, length - len(first), _generator("c4"))[:most]
     require(len(windows) > 0, "length", length, "shorter than the text of C4 that is there")
-    return torch.from_numpy(windows.copy())
+    return begun(torch.from_numpy(windows.copy()), first)
 
 
 def prefixes(corpus: str, tokenizer: PreTrainedTokenizerBase, *, length: int, seed: int = 0) -> LongTensor:
@@ -321,7 +352,7 @@ def _running_text(corpus: str, split: str) -> list[str]:
     if corpus == "ptb" and not files:
         raise ConfigError(f"The mirror that RECONKIT_DATA names holds no ptb ({split}); its files are ptb/ptb.{{train,valid,test}}.txt.")
     # On the hub, the blank lines of the file have lost their space.
-    return _pieces(_read(files[0]) if files else "".join(line or " \n" for line in _hub(WIKITEXT2, split)))
+    return _pieces(read_text(files[0]) if files else "".join(line or " \n" for line in _hub(WIKITEXT2, split)))
 
 
 def _share(documents: dict[str, str], train: int, split: str) -> list[str]:
@@ -341,35 +372,38 @@ def _pieces(text: str) -> list[str]:
     return pieces
 
 
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}).") from error
-
-
 def _read_jsonl(path: Path) -> list[Document]:
     """The "tokens" (a list of whole numbers) or else the "text" of every line."""
     documents: list[Document] = []
-    for number, line in enumerate(_read(path).split("\n"), 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
         try:
             record = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:  # a number of too many digits, lists in too many lists
+            before = f", as are the {len(documents)} whole lines before it" if documents else ""
             raise ConfigError(
-                f"{path}, line {number} is not JSON ({error.msg}); every line is an object with a text, "
-                f"as are the {len(documents)} whole lines before it."
+                f"{path}, line {number} is not JSON ({getattr(error, 'msg', error)}); every line is an object with a text{before}."
             ) from error
         fields = record if isinstance(record, dict) else {}
         tokens, text = fields.get("tokens"), fields.get("text")
         if isinstance(tokens, list) and tokens and all(type(token) is int and token >= 0 for token in tokens):
             documents.append(tokens)
         elif isinstance(text, str):
-            documents.append(text)
+            documents.append(_encodable(text, f"{path}, line {number}"))
         else:
-            raise ConfigError(f'{path}, line {number} has neither a "text" nor a list of "tokens".')
+            there = ", ".join(f"{name}: {json.dumps(value)[:20]}" for name, value in list(fields.items())[:12]) or json.dumps(record)[:20]
+            raise ConfigError(f'{path}, line {number} has neither a "text" (a string) nor "tokens" (whole numbers of at least 0); it has {there}.')
     return documents
+
+
+def _encodable(text: str, where: str) -> str:
+    """`text`, unless it holds half of a surrogate pair, which JSON can spell and no tokenizer can read."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"{where} has a text with half of a surrogate pair, {ascii(text[error.start])}, at character {error.start}.") from None
+    return text
 
 
 def _hub(corpus: str, split: str) -> Sequence[str]:
@@ -433,7 +467,7 @@ def _wiki() -> dict[str, str]:
 
 
 def _news() -> dict[str, str]:
-    stories = _read(next(assets.asset("gensim").rglob("lee_background.cor"))).splitlines()
+    stories = read_text(next(assets.asset("gensim").rglob("lee_background.cor"))).splitlines()
     return {story.strip(): story.strip() for story in stories if story.strip()}
 
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +17,8 @@ from torch import Tensor
 
 from . import cost, data, offload, packing
 from .config import Z95, require
-from .latency import compressed, latency
-from .models import blocks, read_on, save_model, weight_views, weights_sum
+from .latency import NEW_TOKENS, PROMPT_TOKENS, compressed, latency
+from .models import before_logits, blocks, check_length, save_model, vocabulary, weight_views, weights_sum, writes_from_cache
 from .streams import Runner
 from .zeroshot import answers, check_tasks, compare, items_sum
 
@@ -31,54 +31,17 @@ RESAMPLES = 2000  # of a bootstrap
 LOGITS = 2**26  # logits held at once; a large vocabulary must not decide how much memory an evaluation takes
 
 
-@torch.no_grad()
 def sequence_nll(model: PreTrainedModel, samples: Tensor, *, batch_size: int = 8) -> Tensor:
     """Mean −log p of the next token in each sequence, (N, T) → (N,) float64; T − 1 tokens of each are predicted.
 
-    Logits are held for so many sequences at once as fit, or for so many tokens of one sequence, which then are read in pieces
-    through the key-value cache.
+    At most `LOGITS` logits are held at once: those of as many sequences as fit, or of a slice of one sequence.
 
     Raises:
-        ConfigError: no sequence, or fewer than two tokens in each.
+        ConfigError: no sequence, fewer than two tokens in each, or more than the model's context.
     """
     require(samples.ndim == 2 and samples.shape[1] >= 2 and len(samples) > 0, "samples", tuple(samples.shape), "(samples, at least 2 tokens)")
-    if _at_once(model, samples):
-        return _read(model, samples, torch.empty(0, 3, dtype=torch.long), len(samples), batch_size)[0]
-    length, vocabulary = samples.shape[1], model.get_output_embeddings().out_features
-    if offload.of(model):
-        return _nll_by_block(model, samples, max(1, min(batch_size, LOGITS // (length * vocabulary))))
-    piece, found = max(1, LOGITS // vocabulary), []
-    for ids in samples.split(1):
-        ids = ids.to(model.device)
-        cache, parts = None, []
-        for part in ids[:, :-1].split(piece, dim=1):
-            logits, cache = read_on(model, part, cache)
-            start = sum(p.shape[1] for p in parts)
-            parts.append(_nll(logits, ids[:, start + 1 : start + 1 + part.shape[1]]))
-        found.append(torch.cat(parts, 1).mean(1))
-    return torch.cat(found)
-
-
-def _at_once(model: PreTrainedModel, samples: Tensor) -> bool:
-    """Whether all logits of a sample are held at once, from one forward of a model in memory."""
-    return not offload.of(model) and samples.shape[1] * model.get_output_embeddings().out_features <= LOGITS
-
-
-def _nll_by_block(model: PreTrainedModel, samples: Tensor, batch_size: int) -> Tensor:
-    """As `sequence_nll`, for blocks on disk: all samples pass one block before the next is read."""
-    runner = Runner(model, blocks(model)[1])
-    states = runner.embed(samples, batch_size)
-    for i in range(len(runner.blocks)):
-        with offload.holding(model, i):
-            states = runner.advance([i], states, batch_size)
-    parts = zip(states.split(batch_size), samples.split(batch_size), strict=True)
-    return torch.cat([_nll(runner.logits(s.to(runner.device))[:, :-1], ids[:, 1:].to(runner.device)).mean(1) for s, ids in parts])
-
-
-def _nll(logits: Tensor, targets: Tensor) -> Tensor:
-    """−log p of `targets` (B, T) under `logits` (B, T, vocabulary), in float64 on the CPU."""
-    rows = zip(logits, targets, strict=True)  # one by one: a sample's logits stay in the processor's cache, and a slice of them is no copy
-    return torch.stack([torch.nn.functional.cross_entropy(row.float(), ids, reduction="none") for row, ids in rows]).cpu().double()
+    check_length(model, samples.shape[1], "samples")
+    return _read(model, samples, torch.empty(0, 3, dtype=torch.long), len(samples), batch_size)[0]
 
 
 def perplexity(model: PreTrainedModel, samples: Tensor, *, batch_size: int = 8) -> float:
@@ -127,35 +90,73 @@ def ids_sum(ids: Tensor) -> str:
     return hashlib.sha256(repr(tuple(ids.shape)).encode() + ids.cpu().contiguous().numpy().tobytes()).hexdigest()[:12]
 
 
-@torch.no_grad()
 def cloze(model: PreTrainedModel, samples: Tensor, items: Tensor, *, batch_size: int = 8) -> Tensor:
     """Whether the model finds the true token of each cloze item likelier than every other candidate: (items,) bool.
 
     Args:
         samples: (N, T) tokens in which the blanks are; a blank sees all tokens before it.
         items: (items, 2 + choices): sample, position, the true token, the others. One forward answers all blanks of a sample.
+
+    Raises:
+        ConfigError: the samples are longer than the model's context.
     """
+    check_length(model, samples.shape[1], "samples")
     return _read(model, samples, items, 0, batch_size)[1]
 
 
 @torch.no_grad()
 def _read(model: PreTrainedModel, samples: Tensor, items: Tensor, count: int, batch_size: int) -> tuple[Tensor, Tensor]:
-    """`sequence_nll` of the first `count` samples and `cloze` of `items`, from one forward of each sample that either asks for."""
-    size = max(1, min(batch_size, LOGITS // (samples.shape[1] * model.get_output_embeddings().out_features)))
+    """`sequence_nll` of the first `count` samples and `cloze` of `items`, from one forward of each sample that either needs."""
+    most = max(1, LOGITS // vocabulary(model))  # tokens whose logits are held at once
+    size = max(1, min(batch_size, most // samples.shape[1]))
     parts = [slice(i, min(i + size, end)) for start, end in ((0, count), (count, len(samples))) for i in range(start, end, size)]
+    asked = [(part.start <= items[:, 0]) & (items[:, 0] < part.stop) for part in parts]
+    needed = [(part, mine) for part, mine in zip(parts, asked, strict=True) if part.start < count or mine.any()]
     nll, right = [], torch.zeros(len(items), dtype=torch.bool)
-    for part in parts:
-        asked = (part.start <= items[:, 0]) & (items[:, 0] < part.stop)
-        if part.start >= count and not asked.any():
-            continue
-        ids = samples[part].to(model.device)
-        logits = model(input_ids=ids, use_cache=False).logits
+    for (part, mine), (states, logits) in zip(needed, _states(model, samples, [part for part, _ in needed]), strict=True):
         if part.start < count:
-            nll.append(_nll(logits[:, :-1], ids[:, 1:]).mean(1))
-        chosen = items[asked].to(logits.device)
-        scores = logits[chosen[:, 0] - part.start, chosen[:, 1] - 1].float().gather(1, chosen[:, 2:])
-        right[asked] = (scores[:, :1] > scores[:, 1:]).all(1).cpu()
-    return torch.cat(nll) if nll else torch.empty(0, dtype=torch.float64), right
+            targets = samples[part][:, 1:].to(states.device)
+            nll += [_nll(*row, logits, most).mean() for row in zip(states[:, :-1], targets, strict=True)]
+        if mine.any():
+            right[mine] = _filled(states[items[mine, 0] - part.start, items[mine, 1] - 1], items[mine, 2:], logits, most)
+    return torch.stack(nll) if nll else torch.empty(0, dtype=torch.float64), right
+
+
+def _nll(states: Tensor, targets: Tensor, logits: Callable[[Tensor], Tensor], most: int) -> Tensor:
+    """−log p of `targets` (T,) after `states` (T, H), at most `most` tokens at once, in float64 on the CPU."""
+    parts = zip(states.split(most), targets.split(most), strict=True)
+    return torch.cat([torch.nn.functional.cross_entropy(logits(s[None])[0].float(), ids, reduction="none") for s, ids in parts]).cpu().double()
+
+
+def _filled(states: Tensor, candidates: Tensor, logits: Callable[[Tensor], Tensor], most: int) -> Tensor:
+    """Whether the first of `candidates` (items, choices) is the likeliest after `states` (items, H), at most `most` items at once."""
+    parts = zip(states.split(most), candidates.to(states.device).split(most), strict=True)
+    scores = torch.cat([logits(s[None])[0].float().gather(1, ids) for s, ids in parts])  # (items, choices)
+    return (scores[:, :1] > scores[:, 1:]).all(1).cpu()
+
+
+def _states(model: PreTrainedModel, samples: Tensor, parts: Sequence[slice]) -> Iterator[tuple[Tensor, Callable[[Tensor], Tensor]]]:
+    """For each part of `samples` (N, T): states (B, T, H), and what turns a slice of them into logits, see `models.before_logits`.
+
+    Where all logits of a part may be held, they are the states. Of a model with blocks on disk, all parts pass one block before the
+    next one is read.
+    """
+    if offload.of(model) and parts:
+        runner = Runner(model, blocks(model)[1])
+        size = max(part.stop - part.start for part in parts)
+        states = runner.embed(torch.cat([samples[part] for part in parts]), size)
+        for i in range(len(runner.blocks)):
+            with offload.holding(model, i):
+                states = runner.advance([i], states, size)
+        for part in states.split([part.stop - part.start for part in parts]):
+            yield part.to(runner.device), runner.logits
+        return
+    for part in parts:
+        ids = samples[part].to(model.device)
+        if ids.numel() * vocabulary(model) <= LOGITS:
+            yield model(input_ids=ids, use_cache=False).logits, lambda logits: logits
+        else:
+            yield before_logits(model, ids)
 
 
 @torch.no_grad()
@@ -164,8 +165,13 @@ def generations(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prom
 
     Returns:
         prompt (text), tokens (ids) and pieces (their texts, one each): kept, they can be compared with what another version writes.
+
+    Raises:
+        ConfigError: prompt and text are longer than the model's context.
     """
+    check_length(model, prompts.shape[1] + tokens, "A prompt with what is written after it")
     options = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "num_beams": 1, "pad_token_id": 0}
+    options["use_cache"] = writes_from_cache(model)
     ids = prompts.to(model.device)
     written = model.generate(ids, attention_mask=torch.ones_like(ids), **options)[:, prompts.shape[1] :].tolist()
     return [
@@ -219,6 +225,7 @@ def evaluate(
     texts: Mapping[str, Tensor] | None = None,
     blanks: tuple[Tensor, Tensor] | None = None,
     prompts: Tensor | None = None,
+    bos: bool | str = False,
 ) -> dict[str, Any]:
     """The record of a model: everything that was asked for, with 95 % intervals, and what measuring it took.
 
@@ -235,6 +242,7 @@ def evaluate(
         texts: further samples (N, T) by name, such as text of the model's own; their split is called "given".
         blanks: (samples, items) of a cloze set, see `cloze`.
         prompts: tokens (N, T) from which it writes on, see `generations`.
+        bos: False, or auto: of the samples of `perplexity`, see `data.load_samples`.
 
     Returns:
         perplexity: rows of corpus (of a file, its name), split, length, tokens, data (a fingerprint), samples (another), dtype,
@@ -243,13 +251,27 @@ def evaluate(
         items (a fingerprint) and right (per item); generations: rows, see `generations`; speed: rows, see `latency`; size: dict;
         cost: of measuring, see `Cost.record`, and with a price that of a million tokens by batch size;
         fingerprint: what decides these figures, the weights included.
+
+    Raises:
+        ConfigError: an unknown task or corpus, or text that is longer than a model's context, before anything is measured.
+        RuntimeError: the zeros are not those of `sparsity`.
     """
     check_tasks(tasks)
+    lengths = {
+        "The test text": length if perplexity else 0,
+        **{f"texts[{name}]": ids.shape[1] for name, ids in (texts or {}).items()},
+        "The text of the cloze items": blanks[0].shape[1] if blanks else 0,
+        "A prompt with what is written after it": prompts.shape[1] + WRITTEN if prompts is not None else 0,
+        "The text of the speed measurement": PROMPT_TOKENS + NEW_TOKENS if speed else 0,
+    }
+    for name, tokens in lengths.items():
+        for tested in (model, model if against is None else against):
+            check_length(tested, tokens, name)
     measured = size(model)
     if sparsity is not None and not sparsity - 1e-6 <= measured["zeros"] <= sparsity + SPARE:
         had = f"{measured['zeros']:.2%} zeros where {sparsity:.2%} were pruned"
         raise RuntimeError(f"The model to be measured has {had}: it is another model, or its masks were lost.")
-    options = {"length": length, "split": split}
+    options = {"length": length, "split": split, "bos": bos}
     drawn = {
         c: data.load_reported(c, tokenizer, **options) if count is None else data.load_samples(c, tokenizer, count=count, seed=seed, **options)
         for c in perplexity
@@ -257,7 +279,7 @@ def evaluate(
     with cost.measure() as used:
         rows, right = [], None
         for corpus, samples in {**drawn, **(texts or {})}.items():
-            if blanks and right is None and _at_once(model, samples) and torch.equal(samples, blanks[0][: len(samples)]):
+            if blanks and right is None and torch.equal(samples, blanks[0][: len(samples)]):
                 nll, right = _read(model, *blanks, len(samples), batch_size)
             else:
                 nll = sequence_nll(model, samples, batch_size=batch_size)
@@ -294,6 +316,7 @@ def evaluate(
         spent |= {f"million_tokens/{row['batch']}": cost.million_tokens(row["value"], price_per_hour) for row in own}
     facts = [[data.identity(c, split) for c in perplexity], split, count, length, list(tasks), limit, seed, str(model.dtype), weights_sum(model)]
     facts += [sorted((name, ids_sum(ids)) for name, ids in (texts or {}).items()), [ids_sum(b) for b in blanks or ()]]
+    facts += [bos] if bos else []
     return {
         "perplexity": rows,
         "cloze": filled,

@@ -15,18 +15,24 @@ from torch import Tensor
 from torch.sparse import to_sparse_semi_structured
 
 from .config import require
-from .models import blocks, weight_views
+from .models import blocks, check_length, weight_views
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+PROMPT_TOKENS, NEW_TOKENS = 128, 32
 TOKEN = 5  # of the made-up prompt: speed does not depend on what is read
 COLUMNS = ["model", "batch", "measure", "value", "low", "high"]
 
 
 @torch.no_grad()
 def latency(
-    models: Mapping[str, PreTrainedModel], *, batch_sizes: Sequence[int] = (1,), length: int = 128, tokens: int = 32, repeats: int = 5
+    models: Mapping[str, PreTrainedModel],
+    *,
+    batch_sizes: Sequence[int] = (1,),
+    length: int = PROMPT_TOKENS,
+    tokens: int = NEW_TOKENS,
+    repeats: int = 5,
 ) -> pd.DataFrame:
     """Generation by batch size: medians over `repeats` after a warm-up, with the quartiles as spread.
 
@@ -43,10 +49,12 @@ def latency(
         Figures compare only within one call.
 
     Raises:
-        ConfigError: fewer than two tokens, or no repeat.
+        ConfigError: fewer than two tokens, no repeat, or more tokens than a model's context.
     """
     require(tokens >= 2, "tokens", tokens, "a whole number of at least 2")
     require(repeats >= 1, "repeats", repeats, "a whole number of at least 1")
+    for model in models.values():
+        check_length(model, length + tokens, "The text of the speed measurement")
     rows = []
     for batch in batch_sizes:
         taken: dict[str, list[dict[str, float]]] = {name: [] for name in models}

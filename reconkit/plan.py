@@ -103,7 +103,7 @@ def look(job: RunConfig, offload: bool, samples: int, epochs: int, blocks: int =
     with tempfile.TemporaryDirectory() as folder:
         options = {"dtype": getattr(torch, job.dtype), "device": job.device}
         model, tokenizer = models.open_model(job.model, Path(folder) / "blocks", **options) if offload else models.load_model(job.model, **options)
-        extra = data.load_samples(job.extra, tokenizer, count=None, length=job.length, seed=job.seed) if job.extra else ()
+        extra = data.load_samples(job.extra, tokenizer, count=None, length=job.length, seed=job.seed, bos=job.bos) if job.extra else ()
         total, size = len(models.blocks(model)[1]), _bytes(model)
         _shorten(model, blocks)
         left_out = 0 if offload else size - _bytes(model)

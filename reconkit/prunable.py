@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from . import criteria
 from .config import ConfigError, PruneConfig, check_one_process, nm_pattern
-from .models import WeightView, blocks, check_adapters, check_decoder, check_shared, weight_views
+from .models import WeightView, blocks, check_adapters, check_decoder, check_float_weights, check_length, check_shared, weight_views
 from .streams import InputTap, Runner
 
 
@@ -233,8 +233,8 @@ def check_inputs(model: nn.Module, samples: Tensor, config: PruneConfig, extra: 
         raise ConfigError(f'held_out is a {type(held_out).__name__}; it must be a mapping of names to samples, such as {{"wiki": samples}}.')
     check_adapters(model)
     check_decoder(model)
+    check_float_weights(model)
     vocabulary = model.get_input_embeddings().num_embeddings
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     for name, ids in {"samples": samples, "extra": extra, **{f"held_out[{k}]": v for k, v in (held_out or {}).items()}}.items():
         if ids is None:
             continue
@@ -242,8 +242,7 @@ def check_inputs(model: nn.Module, samples: Tensor, config: PruneConfig, extra: 
             raise ConfigError(f"{name} must be a tensor of token ids (samples, tokens), not {getattr(ids, 'shape', type(ids).__name__)}.")
         if int(ids.min()) < 0 or int(ids.max()) >= vocabulary:
             raise ConfigError(f"{name} holds token {int(ids.max())}, beyond the model's vocabulary of {vocabulary}: another model's tokenizer?")
-        if limit and ids.shape[1] > limit:
-            raise ConfigError(f"{name} has {ids.shape[1]} tokens a sample, more than the model's context of {limit}.")
+        check_length(model, ids.shape[1], name)
     trained = {tuple(row) for ids in (samples, extra) if held_out and ids is not None for row in ids.tolist()}
     for name, ids in (held_out or {}).items():
         if name in ("calibration", "extra"):

@@ -6,7 +6,6 @@ A rule that no history could answer, or that can never fire, is refused before a
 from __future__ import annotations
 
 import math
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
@@ -16,7 +15,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from . import data
-from .config import ConfigError, RunConfig, one_of, require
+from .config import ConfigError, RunConfig, one_of, read_toml, require
 from .versions import direction
 
 DEFAULT = Path("papermill_runs") / "alerts.toml"
@@ -155,10 +154,7 @@ def load_rules(path: str | Path = DEFAULT, known: pd.DataFrame | None = None) ->
     if not file.is_file():
         example = '[[rule]] name = "worse text", metric = "perplexity", against = "parent", relative = 0.02'
         raise ConfigError(f"There is no file of rules {file}; name one with --rules, or write one with a line for each field, such as {example}.")
-    try:
-        written = tomllib.loads(file.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file.name} is not valid TOML: {error}.") from None
+    written = read_toml(file)
     unknown = [key for key in written if key != "rule"]
     require(not unknown, f"{file.name}: the key", ", ".join(unknown), "rule, as in [[rule]]")
     rows = written.get("rule", [])

@@ -62,7 +62,7 @@ ROOMS = (
 LIBRARIES = ("torch", "transformers", "numpy", "tokenizers", "datasets", "lm_eval", "py3langid")
 NEEDED = 10**9  # free bytes without which no run begins
 DEFAULT_LIMIT = "20GB"
-DENSE = ("model", "prune", "evaluate", "test", "test_count", "test_length", "tasks", "limit", "draw", "device", "dtype")
+DENSE = ("model", "prune", "evaluate", "test", "test_count", "test_length", "tasks", "limit", "draw", "device", "dtype", "bos")
 "What of a configuration decides the measurements of a dense model."
 NO_MATTER = ("tag", "parent", "keep_model", "test_seed", "price_per_hour", "offload", "checkpoint")
 "What of a configuration decides none; `draw` stands for the seed of the tests."
@@ -263,7 +263,7 @@ def _measure(config: RunConfig, id: str, parts: dict[str, Any], folder: Path, mo
     errors, training, notes = pd.DataFrame(columns=ERRORS), pd.DataFrame(columns=TRAINING), []
     metrics: dict[str, float] = {"sparsity": 0.0}
     if config.prune is not None:
-        options = {"length": config.length, "seed": config.draw}
+        options = {"length": config.length, "seed": config.draw, "bos": config.bos}
         samples, extra = _training_samples(config, model, tokenizer)
         draw = {**options, "count": config.held_out_count, "split": "validation"}
         held_out = {data.short_name(c): data.load_samples(c, tokenizer, **draw) for c in config.held_out}
@@ -291,6 +291,7 @@ def _measure(config: RunConfig, id: str, parts: dict[str, Any], folder: Path, mo
         speed="speed" in config.evaluate,
         prompts=_prompts(config, tokenizer) if "generations" in config.evaluate else None,
         seed=config.draw,
+        bos=config.bos,
     )
     for row in record["perplexity"]:
         name = f"perplexity/{row['corpus']}"
@@ -335,7 +336,7 @@ class _Tables:
 
 def _training_samples(config: RunConfig, model: Any, tokenizer: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
     """What chooses the masks and trains, and what only trains: a file's, further real ones, the model's own, or all of these."""
-    options = {"length": config.length, "seed": config.seed}
+    options = {"length": config.length, "seed": config.seed, "bos": config.bos}
     own = _own(config, model, tokenizer, config.self_generated + (config.count if config.corpus == SELF else 0))
     if config.corpus == SELF:
         samples, own, more = own[: config.count], own[config.count :], None
@@ -354,13 +355,13 @@ def _own(config: RunConfig, model: Any, tokenizer: Any, count: int) -> torch.Ten
     prefixes = None
     if config.selfgen.start == "prefix":
         prefixes = data.prefixes(config.corpus, tokenizer, length=config.selfgen.prefix_length, seed=config.seed)
-    options = {"length": config.length, "seed": config.seed, "config": config.selfgen, "prefixes": prefixes}
+    options = {"length": config.length, "seed": config.seed, "config": config.selfgen, "prefixes": prefixes, "bos": config.bos}
     return testsets.own_text(model, tokenizer, count=count, **options)
 
 
 def _made_before(config: RunConfig) -> Path | None:
     """The file that says that everything the dense model has to write for such runs is there; None where it writes nothing."""
-    tests = ("test", "test_count", "test_length", "evaluate")
+    tests = ("test", "test_count", "test_length", "evaluate", "bos")
     writes = ("corpus", "count", "length", "seed", "self_generated", "selfgen") if config.self_generated or config.corpus == SELF else ()
     asked = ("perplexity" in config.evaluate and SELF in config.test) or "cloze" in config.evaluate
     if not asked and not writes:
@@ -380,7 +381,8 @@ def _make_sets(config: RunConfig) -> None:
 
 def _test_sets(config: RunConfig, model: Any, tokenizer: Any) -> tuple[list[str], dict[str, torch.Tensor], tuple[torch.Tensor, torch.Tensor] | None]:
     """Corpora of the perplexity, the dense model's own test text by name, and the cloze set; made while the model is dense."""
-    options = {"count": config.test_count, "length": config.test_length or config.length, "seed": config.draw}
+    options = {"count": config.test_count, "length": config.test_length or config.length, "seed": config.draw, "bos": config.bos}
+    _check_lengths(config, model)
     real = [corpus for corpus in config.test if corpus != SELF]
     own: dict[str, torch.Tensor] = {}
     if "perplexity" in config.evaluate:
@@ -392,14 +394,27 @@ def _test_sets(config: RunConfig, model: Any, tokenizer: Any) -> tuple[list[str]
     blanks = None
     if "cloze" in config.evaluate:
         require(len(real) > 0, "test", config.test, "a list with a corpus in it, from which cloze items can be made")
-        blanks = testsets.cloze_of(model, tokenizer, real[0], length=options["length"], seed=config.draw)
+        blanks = testsets.cloze_of(model, tokenizer, real[0], length=options["length"], seed=config.draw, bos=config.bos)
     return real if "perplexity" in config.evaluate else [], own, blanks
+
+
+def _check_lengths(config: RunConfig, model: Any) -> None:
+    """Refuse text that is longer than the model's context, before anything is written or pruned."""
+    tested = {"perplexity", "cloze"} & set(config.evaluate)
+    lengths = {
+        "The calibration text": config.length if config.prune else 0,
+        "The test text": (config.test_length or config.length) if tested else 0,
+        "A prompt with what is written after it": PROMPT + evaluation.WRITTEN if "generations" in config.evaluate else 0,
+        "The text of the speed measurement": evaluation.PROMPT_TOKENS + evaluation.NEW_TOKENS if "speed" in config.evaluate else 0,
+    }
+    for name, length in lengths.items():
+        models.check_length(model, length, name)
 
 
 def _prompts(config: RunConfig, tokenizer: Any) -> torch.Tensor:
     """The beginnings of a few test samples of the first test corpus, (PROMPTS, PROMPT)."""
     first = next(corpus for corpus in config.test if corpus != SELF)
-    return data.load_samples(first, tokenizer, count=PROMPTS, length=PROMPT, split="test", seed=config.draw)
+    return data.load_samples(first, tokenizer, count=PROMPTS, length=PROMPT, split="test", seed=config.draw, bos=config.bos)
 
 
 def _corpora(config: RunConfig) -> list[str]:

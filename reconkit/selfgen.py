@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -22,9 +22,10 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
+from . import data
 from .config import ConfigError, SelfGenConfig, require, to_dict
 from .evaluation import sequence_nll
-from .models import weights_sum
+from .models import context, weights_sum, writes_from_cache
 from .progress import Progress
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ def self_generate(
     seed: int = 0,
     config: SelfGenConfig | None = None,
     prefixes: Tensor | None = None,
+    bos: bool | str = False,
     progress: bool = True,
 ) -> Tensor:
     """Text that the model samples from itself, (count, length).
@@ -67,12 +69,14 @@ def self_generate(
         config: the recipe; None is the paper's. See `SelfGenConfig`.
         prefixes: token ids (M, at least `config.prefix_length`) of real text, of which each text starts with one, when
             `config.start` is "prefix".
+        bos: False as in the paper, or auto: texts start with the BOS token where `data.bos_token` finds one; it is one of the
+            `length` tokens, and no filter or perplexity counts it.
 
     Raises:
         ConfigError: `length` does not fit the recipe or the model's context, or prefixes are missing.
         RuntimeError: fewer than 5 % of the texts are kept; the message says what each filter left.
     """
-    return generate(model, tokenizer, count=count, length=length, seed=seed, config=config, prefixes=prefixes, progress=progress).tokens
+    return generate(model, tokenizer, count=count, length=length, seed=seed, config=config, prefixes=prefixes, bos=bos, progress=progress).tokens
 
 
 def generate(
@@ -84,6 +88,7 @@ def generate(
     seed: int = 0,
     config: SelfGenConfig | None = None,
     prefixes: Tensor | None = None,
+    bos: bool | str = False,
     progress: bool = True,
     partial: Path | None = None,
 ) -> Generated:
@@ -97,28 +102,29 @@ def generate(
         RuntimeError: as `self_generate`; what was kept stays in `partial`.
     """
     config = config or SelfGenConfig()
-    _check(model, config, count, length, prefixes)
+    first = data.bos_token(tokenizer, bos)
+    _check(model, config, count, length, prefixes, len(first))
     needed = math.ceil(count / (1 - config.unlikely))
     filters = _filters(tokenizer, config)
     counts = dict.fromkeys(["written", "whole", *filters], 0)
     kept: list[tuple[list[int], float]] = []
     batch, kept_in = 0, f" What was kept is in {partial}." if partial is not None else ""
     if partial is not None:
-        for record in _resume(partial, made_by(model, config, length=length, seed=seed, prefixes=prefixes)):
+        for record in _resume(partial, made_by(model, config, length=length, seed=seed, prefixes=prefixes, first=first)):
             batch, counts = record["batch"], record["counts"]
             kept += [(tokens, value) for tokens, value in record["kept"]]
-    with Progress("self-generated text", needed, show=progress) as bar:
+    with Progress("self-generated text", needed, show=progress) as bar, _plain(model, _pad(tokenizer)):
         bar.step(min(len(kept), needed))
         while len(kept) < needed:
             if counts["written"] >= PATIENCE and len(kept) < LEAST * counts["written"]:
                 raise RuntimeError(
                     f"The model wrote too little that could be kept: {told(counts)}; another language, start or temperature may help.{kept_in}"
                 )
-            rows = _batch(model, tokenizer, length, _mix(seed, batch), config, prefixes)
+            rows = _batch(model, tokenizer, length, _mix(seed, batch), config, prefixes, first)
             counts["written"] += config.batch_size
             counts["whole"] += len(rows)
             for name, keep in filters.items():
-                rows = [row for row in rows if keep(row)]
+                rows = [row for row in rows if keep(row[len(first) :])]
                 counts[name] += len(rows)
             nll = sequence_nll(model, torch.stack(rows), batch_size=config.batch_size) if rows else torch.empty(0)
             found = [(row.tolist(), float(value.exp())) for row, value in zip(rows, nll, strict=True)]
@@ -146,10 +152,12 @@ def write(
     seed: int = 0,
     config: SelfGenConfig | None = None,
     prefixes: Tensor | None = None,
+    bos: bool | str = False,
     progress: bool = True,
 ) -> Generated:
     """`generate` into a .jsonl file: one {"text", "tokens", "perplexity", "made"} a line; `load_samples` takes the tokens as they are.
 
+    Tokens and text are kept without a BOS token, which `load_samples(…, bos="auto")` puts before them again.
     An interrupted call leaves `<file>.partial`, from which the same call goes on; it ends with the same bytes.
 
     Raises:
@@ -158,15 +166,16 @@ def write(
     path = Path(file)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.partial")
-    made = made_by(model, config or SelfGenConfig(), length=length, seed=seed, prefixes=prefixes)
-    options = {"count": count, "length": length, "seed": seed, "config": config, "prefixes": prefixes, "progress": progress}
+    first = data.bos_token(tokenizer, bos)
+    made = made_by(model, config or SelfGenConfig(), length=length, seed=seed, prefixes=prefixes, first=first)
+    options = {"count": count, "length": length, "seed": seed, "config": config, "prefixes": prefixes, "bos": bos, "progress": progress}
     lock = path.with_name(f".{path.name}.lock")  # two that write one file would mix their batches
     whole = path.with_name(f".{path.name}.{os.getpid()}")
     with FileLock(lock):
         try:
             found = generate(model, tokenizer, **options, partial=partial)
             with whole.open("w", encoding="utf-8", newline="\n") as out:
-                for row, value in zip(found.tokens.tolist(), found.perplexity, strict=True):
+                for row, value in zip(found.tokens[:, len(first) :].tolist(), found.perplexity, strict=True):
                     line = {"text": tokenizer.decode(row), "tokens": row, "perplexity": round(value, 4), "made": made}
                     out.write(json.dumps(line, ensure_ascii=False) + "\n")
             os.replace(whole, path)
@@ -182,12 +191,14 @@ def told(counts: dict[str, int]) -> str:
     return ", ".join(f"{n} {name}" for name, n in counts.items())
 
 
-def made_by(model: PreTrainedModel, config: SelfGenConfig, *, length: int, seed: int, prefixes: Tensor | None = None) -> dict[str, Any]:
+def made_by(
+    model: PreTrainedModel, config: SelfGenConfig, *, length: int, seed: int, prefixes: Tensor | None = None, first: Sequence[int] = ()
+) -> dict[str, Any]:
     """What decides the texts besides their number: the weights, the seed and every setting."""
     start = {"prefixes": hashlib.sha256(prefixes.cpu().numpy().tobytes()).hexdigest()[:16]} if prefixes is not None else {}
     versions = {name: version(name) for name in ("torch", "transformers", "py3langid")}
     whose = {"model": called(model), "weights": weights_sum(model)[:16], "device": model.device.type, **versions}
-    return {**whose, "length": length, "seed": seed, **to_dict(config), **start}
+    return {**whose, "length": length, "seed": seed, **to_dict(config), **start, **({"first": list(first)} if first else {})}
 
 
 def called(model: PreTrainedModel) -> str:
@@ -197,11 +208,16 @@ def called(model: PreTrainedModel) -> str:
 
 @torch.no_grad()
 def _batch(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, length: int, seed: int, config: SelfGenConfig, prefixes: Tensor | None
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    seed: int,
+    config: SelfGenConfig,
+    prefixes: Tensor | None,
+    first: Sequence[int] = (),
 ) -> list[Tensor]:
-    """Random crops (length,) of the texts of one batch that did not end early."""
-    written = config.written or length
-    end = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    """Random crops (length,) of the texts of one batch that did not end early; the tokens `first` stand before a text and before its crop."""
+    written, length = (config.written or length) - len(first), length - len(first)
     special = torch.tensor(sorted({*tokenizer.all_special_ids, *_ends(model)}))
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
@@ -221,13 +237,18 @@ def _batch(
         for sample, new in steps:
             if new and len(ids):
                 free = {"temperature": config.temperature, "top_k": 0, "top_p": 1.0} if sample else {}
-                with _plain(model, end):
-                    ids = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=sample, max_new_tokens=new, **free)
+                given = data.begun(ids, first)
+                ids = model.generate(given, attention_mask=torch.ones_like(given), do_sample=sample, max_new_tokens=new, **free)[:, len(first) :]
                 ids = ids[~torch.isin(ids, special.to(ids.device)).any(1)]  # those that ended
         if not len(ids) or ids.shape[1] < written:
             return []
         starts = torch.randint(written - length + 1, (len(ids),)).tolist()
-    return [row[start : start + length] for row, start in zip(ids.cpu(), starts, strict=True)]
+        crops = [row[start : start + length] for row, start in zip(ids.cpu(), starts, strict=True)]
+    return list(data.begun(torch.stack(crops), first))
+
+
+def _pad(tokenizer: PreTrainedTokenizerBase) -> int:
+    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
 
 
 @contextmanager
@@ -236,7 +257,7 @@ def _plain(model: PreTrainedModel, pad: int) -> Iterator[None]:
     from transformers import GenerationConfig
 
     own = model.generation_config
-    model.generation_config = GenerationConfig(eos_token_id=own.eos_token_id, pad_token_id=pad, use_cache=True)
+    model.generation_config = GenerationConfig(eos_token_id=own.eos_token_id, pad_token_id=pad, use_cache=writes_from_cache(model))
     try:
         yield
     finally:
@@ -286,16 +307,16 @@ def distinct(tokens: list[int]) -> float:
     return len(set(runs)) / max(1, len(runs))
 
 
-def _check(model: PreTrainedModel, config: SelfGenConfig, count: int, length: int, prefixes: Tensor | None) -> None:
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or max(length, config.written or length)
+def _check(model: PreTrainedModel, config: SelfGenConfig, count: int, length: int, prefixes: Tensor | None, before: int) -> None:
+    limit = context(model) or max(length, config.written or length)
     require(count >= 1, "count", count, "a whole number of at least 1")
-    least = config.first + 1
-    require(least <= length <= context, "length", length, f"from {least} to the model's context of {context} tokens")
+    least = before + config.first + 1
+    require(least <= length <= limit, "length", length, f"from {least} to the model's context of {limit} tokens")
     require(
-        config.written is None or length <= config.written <= context,
+        config.written is None or length <= config.written <= limit,
         "written",
         config.written,
-        f"from length ({length}) to the model's context of {context} tokens",
+        f"from length ({length}) to the model's context of {limit} tokens",
     )
     if config.start == "prefix":
         there = prefixes is not None and prefixes.ndim == 2 and len(prefixes) > 0 and prefixes.shape[1] >= config.prefix_length

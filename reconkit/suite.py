@@ -45,7 +45,7 @@ import torch
 
 from . import assets, cluster, data, ledger, models, report, runs, sweep
 from . import book as pages
-from .config import SELF, ConfigError, Faults, PruneConfig, RunConfig, SelfGenConfig, field_types, one_of, require
+from .config import SELF, ConfigError, Faults, PruneConfig, RunConfig, SelfGenConfig, field_types, one_of, read_toml, require
 
 PUBLISHED = "published"
 SCALES = "papermill_runs"
@@ -142,11 +142,7 @@ def load_manifest(manifest: str | Path) -> Suite:
         known = sorted(p.name for p in file.parent.glob("*.toml")) if file.parent.is_dir() else []
         hint = f"a word is looked up in {SCALES}/ of the current folder, " if str(manifest) == file.stem else ""
         raise ConfigError(f"There is no manifest {manifest}; {hint}{'there are: ' + ', '.join(known) if known else 'reconkit suite new writes one'}.")
-    try:
-        written = tomllib.loads(file.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file.name} is not valid TOML: {error}.") from None
-    return _checked(file, written)
+    return _checked(file, read_toml(file))
 
 
 def _checked(file: Path, written: Mapping[str, Any]) -> Suite:

@@ -22,7 +22,7 @@ from . import assets, data, evaluation, selfgen
 from .checkpoint import code_hash
 from .config import TEST_SEEDS, Z95, ConfigError, SelfGenConfig, require
 from .evaluation import ids_sum
-from .models import weights_sum
+from .models import check_length, weights_sum
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -50,6 +50,7 @@ def own_text(
     seed: int = 0,
     config: SelfGenConfig | None = None,
     prefixes: Tensor | None = None,
+    bos: bool | str = False,
     progress: bool = True,
     test: bool = False,
 ) -> Tensor:
@@ -62,10 +63,11 @@ def own_text(
         ConfigError, RuntimeError: as `selfgen.generate`; an interrupted call goes on from what it had.
     """
     config = config or SelfGenConfig()
-    made = selfgen.made_by(model, config, length=length, seed=seed, prefixes=prefixes)
+    first = data.bos_token(tokenizer, bos)
+    made = selfgen.made_by(model, config, length=length, seed=seed, prefixes=prefixes, first=first)
     facts = {**made, "count": count, "code": code_hash(ROOMS)}
     file = folder() / f"own-{_sum(facts)}.jsonl"
-    options = {"count": count, "length": length, "seed": seed, "config": config, "prefixes": prefixes, "progress": progress}
+    options = {"count": count, "length": length, "seed": seed, "config": config, "prefixes": prefixes, "bos": bos, "progress": progress}
     with _lock(file):
         if not file.is_file():
             try:
@@ -78,12 +80,15 @@ def own_text(
                 size = f"{count} texts of {length} tokens"
                 _describe(file, "own text", size, made["model"], seed - TEST_SEEDS, ids_sum(found.tokens), selfgen.told(found.counts))
     lines = file.read_text(encoding="utf-8").splitlines()
-    return torch.tensor([json.loads(line)["tokens"] for line in lines])
+    return data.begun(torch.tensor([json.loads(line)["tokens"] for line in lines]), first)
 
 
-def own_test(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, count: int, length: int, seed: int = 0) -> Tensor:
+def own_test(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, count: int, length: int, seed: int = 0, bos: bool | str = False
+) -> Tensor:
     """As `own_text`, from seeds that calibration cannot have, and by the paper's recipe whatever the calibration's is."""
-    return own_text(model, tokenizer, count=count, length=length, seed=TEST_SEEDS + seed, config=SelfGenConfig(batch_size=32), test=True)
+    config = SelfGenConfig(batch_size=32)
+    return own_text(model, tokenizer, count=count, length=length, seed=TEST_SEEDS + seed, config=config, bos=bos, test=True)
 
 
 def cloze_items(tokenizer: PreTrainedTokenizerBase, samples: Tensor, *, count: int = LEAST, choices: int = CHOICES, seed: int = 0) -> Tensor:
@@ -100,7 +105,7 @@ def cloze_items(tokenizer: PreTrainedTokenizerBase, samples: Tensor, *, count: i
     blanks = [
         (i, t, row[t])
         for i, row in enumerate(samples.tolist())
-        for t in range(len(row) // 4, len(row) - 1)
+        for t in range(max(1, len(row) // 4), len(row) - 1)
         if row[t] in words and row[t + 1] in starts
     ]
     if len(blanks) < count:
@@ -146,15 +151,18 @@ def cloze_set(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sample
     return torch.tensor(json.loads(file.read_text(encoding="utf-8")))
 
 
-def cloze_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, corpus: str, *, length: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+def cloze_of(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, corpus: str, *, length: int, seed: int = 0, bos: bool | str = False
+) -> tuple[Tensor, Tensor]:
     """(samples, items): `cloze_set` in as much of a corpus's test split as it takes.
 
     Raises:
-        ConfigError: as `cloze_set`, or the whole split is too short.
+        ConfigError: as `cloze_set`, the whole split is too short, or `length` is more than the model's context.
     """
+    check_length(model, length, "The text of the cloze items")
     count = FIRST
     while True:
-        samples = data.load_samples(corpus, tokenizer, count=count, length=length, split="test", seed=seed)
+        samples = data.load_samples(corpus, tokenizer, count=count, length=length, split="test", seed=seed, bos=bos)
         try:
             return samples, cloze_set(model, tokenizer, samples, f"{corpus} test", seed=seed)
         except FewBlanks:

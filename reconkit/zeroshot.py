@@ -22,7 +22,7 @@ import pandas as pd
 import torch
 
 from . import assets, data, likelihood
-from .config import Z95, ConfigError, one_of, require
+from .config import Z95, ConfigError, one_of, read_text, require
 from .models import weights_sum
 
 if TYPE_CHECKING:
@@ -216,7 +216,7 @@ def _scorer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Any:
 
 def _draw(source: Path, to: Path, limit: int | None, seed: int) -> Path:
     """A seeded draw of `limit` items, in their order, as a file of its own."""
-    items = source.read_text(encoding="utf-8").removesuffix("\n").split("\n")  # JSON strings may hold other line separators
+    items = read_text(source).removesuffix("\n").split("\n")  # JSON strings may hold other line separators
     if limit is not None and limit < len(items):
         items = [items[i] for i in sorted(random.Random(seed).sample(range(len(items)), limit))]
     to.write_text("\n".join(items) + "\n", encoding="utf-8")

@@ -224,6 +224,44 @@ def test_an_unknown_task_is_refused_before_a_model_is_loaded(monkeypatch: pytest
     assert "boolq" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("more", [(), ("--against", "tiny"), ("--perplexity", "self"), ("--cloze",)])
+def test_evaluate_beyond_the_context_is_refused_before_weights_are_read(
+    more: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from reconkit import models
+
+    folder = models.save_model(*models.load_model("tiny"), tmp_path / "model")
+    (folder / "model.safetensors").unlink()
+    monkeypatch.setattr(models, "load_model", lambda *args, **options: pytest.fail("loaded first"))
+    assert status("evaluate", str(folder), "--perplexity", "pydocs", "--length", "513", *more) == 2
+    assert capsys.readouterr().err == "reconkit: --length: the test text has 513 tokens a sample, more than the model's context of 512.\n"
+
+
+def test_a_bos_token_goes_through_every_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    from reconkit import models
+
+    model, tokenizer = models.load_model("tiny")
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
+    folder, file, out = str(models.save_model(model, tokenizer, tmp_path / "model")), str(tmp_path / "self.jsonl"), tmp_path / "record.json"
+    bos = ("--count", "4", "--length", "24", "--bos", "auto")
+    assert status("selfgen", "--model", folder, "--out", file, "--batch-size", "8", *bos) == 0
+    assert [len(json.loads(line)["tokens"]) for line in Path(file).read_text().splitlines()] == [23] * 4
+    words = ("--corpus", "pydocs", "--technique", "LR", "--extra", file, "--held-out", "pydocs", "--out", str(tmp_path / "pruned"))
+    assert status("prune", "--model", folder, *words, *bos) == 0
+    records = []
+    for more in ((), bos[-2:]):
+        assert status("evaluate", folder, "--perplexity", "pydocs", "self", *bos[:-2], *more, "--out", str(out)) == 0
+        records.append(json.loads(out.read_text()))
+    plain, begun = records
+    assert plain["fingerprint"] != begun["fingerprint"]
+    assert all(
+        a["length"] == b["length"] == 24 and a["samples"] != b["samples"] for a, b in zip(plain["perplexity"], begun["perplexity"], strict=True)
+    )
+    assert status("evaluate", folder, "--bos", "always") == 2 and "--bos" in capsys.readouterr().err
+
+
 def test_evaluate_on_text_of_the_dense_models_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "own.json"
     words = ("evaluate", "tiny", "--against", "tiny", "--perplexity", "pydocs", "self", "--count", "4", "--length", "32", "--out", str(out))

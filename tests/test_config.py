@@ -136,3 +136,25 @@ def test_every_field_is_documented() -> None:
         body = ast.parse(inspect.getsource(kind)).body[0].body
         documented = {a.target.id for a, b in zip(body, body[1:], strict=False) if isinstance(a, ast.AnnAssign) and isinstance(b, ast.Expr)}
         assert documented == {f.name for f in dataclasses.fields(kind)}
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_toml_is_read_with_and_without_a_byte_order_mark(encoding: str, tmp_path: Path) -> None:
+    (tmp_path / "a.toml").write_text("x = 'ä'\r\n", encoding=encoding)
+    assert config.read_toml(tmp_path / "a.toml") == {"x": "ä"}
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        (b"x = ", "a.toml is not valid TOML: Invalid value"),
+        ("x = 1".encode("utf-16"), "a.toml is not UTF-8 text .*save it in UTF-8"),
+        ("x = 1".encode("utf-16-be"), "a.toml is not UTF-8 text .*save it in UTF-8"),
+        ("x = 'ä'".encode("latin-1"), "a.toml is not UTF-8 text .* at byte 5"),
+        (b"x = '\0'", "a.toml is not valid TOML: .* line 1, column 6"),
+    ],
+)
+def test_a_toml_file_that_cannot_be_read_is_named(content: bytes, named: str, tmp_path: Path) -> None:
+    (tmp_path / "a.toml").write_bytes(content)
+    with pytest.raises(ConfigError, match=named):
+        config.read_toml(tmp_path / "a.toml")

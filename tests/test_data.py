@@ -79,13 +79,55 @@ def test_samples_have_the_asked_shape_and_no_special_tokens(text: str, documents
         assert not torch.isin(samples, special).any()
 
 
-def test_no_bos_even_of_a_tokenizer_that_adds_it(text: str) -> None:
+@pytest.fixture
+def bos_tokenizer() -> Any:
+    """The bytes of the tiny model, with a BOS token before every text."""
     from tokenizers.processors import TemplateProcessing
 
     tokenizer = load_model("tiny", device="cpu")[1]
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
     assert tokenizer("x")["input_ids"][0] == 1
-    assert not (data.load_samples(text, tokenizer, count=None, length=40) == 1).any()
+    return tokenizer
+
+
+def test_no_bos_even_of_a_tokenizer_that_adds_it(text: str, bos_tokenizer: Any) -> None:
+    assert not (data.load_samples(text, bos_tokenizer, count=None, length=40) == 1).any()
+
+
+@pytest.mark.parametrize("kind", ["text", "documents"])
+@pytest.mark.parametrize("count", [8, None])
+def test_auto_puts_the_bos_token_before_one_token_less_of_the_same_text(
+    kind: str, count: int | None, bos_tokenizer: Any, tokenizer: Any, request: pytest.FixtureRequest
+) -> None:
+    corpus, options = request.getfixturevalue(kind), {"count": count, "seed": 3}
+    found = data.load_samples(corpus, bos_tokenizer, length=40, bos="auto", **options)
+    assert found.shape[1] == 40 and (found[:, 0] == 1).all() and found.dtype == torch.int64
+    assert torch.equal(found[:, 1:], data.load_samples(corpus, tokenizer, length=39, **options))
+    assert torch.equal(
+        data.load_samples(corpus, tokenizer, length=40, bos="auto", **options), data.load_samples(corpus, tokenizer, length=40, **options)
+    )
+    assert torch.equal(
+        data.load_reported(corpus, bos_tokenizer, length=40, bos="auto"), data.load_samples(corpus, bos_tokenizer, count=None, length=40, bos="auto")
+    )
+
+
+def test_reported_c4_with_a_bos_token(mirror: Path, bos_tokenizer: Any, tokenizer: Any) -> None:
+    add(mirror, "c4/c4_validation.jsonl", "".join(json.dumps({"text": f"{i:02}"}) + "\n" for i in range(40)))
+    found = data.load_reported("c4", bos_tokenizer, length=12, bos="auto")
+    assert (found[:, 0] == 1).all() and torch.equal(found[:, 1:], data.load_reported("c4", tokenizer, length=11))
+
+
+@pytest.mark.parametrize("bos", [True, None, 0, "always", ""])
+def test_another_word_for_bos_is_refused(bos: Any, text: str, tokenizer: Any) -> None:
+    for load in (data.load_samples, data.load_reported):
+        with pytest.raises(ConfigError, match=r"bos is .*; it must be False or auto"):
+            load(text, tokenizer, length=40, bos=bos)
+
+
+def test_a_bos_token_alone_is_no_sample(text: str, bos_tokenizer: Any) -> None:
+    for load in (data.load_samples, data.load_reported):
+        with pytest.raises(ConfigError, match="length is 1; it must be a whole number above 1"):
+            load(text, bos_tokenizer, length=1, bos="auto")
 
 
 @pytest.mark.parametrize("kind", ["text", "documents"])
@@ -219,15 +261,33 @@ def test_checking_a_name_imports_no_heavy_library() -> None:
     [
         (b'{"text": "a"}\n{"text"', "line 2 is not JSON"),
         (b'{"body": "a"}', 'line 1 has neither a "text"'),
-        (b"[1]", "line 1 has neither"),
+        (b'{"body": "a", "id": 1}', 'it has body: "a", id: 1'),
+        (b'{"text": "a"}\n{"text": null}', 'line 2 has neither a "text".*it has text: null'),
+        (b'{"tokens": [1, 2.0]}', 'line 1 has neither a "text"'),
+        (b"[1]", r"line 1 has neither.*it has \[1\]"),
         (b"\xff\xfe", "UTF-8"),
+        ('{"text": "a"}'.encode("utf-16"), "not UTF-8 text .*save it in UTF-8"),
+        ('{"text": "a"}'.encode("utf-16-le"), "every other byte is zero, as in UTF-16"),
+        (b'{"text": "a"}\n\n{"text": "a \\ud83d b"}', r"line 3 has a text with half of a surrogate pair, '\\ud83d', at character 2"),
+        (b'{"text": "a", "n": ' + b"1" * 5000 + b"}", "line 1 is not JSON"),
+        (b"[" * 100_000, "line 1 is not JSON"),
     ],
 )
 def test_a_broken_file_is_named_with_its_line(content: bytes, named: str, tmp_path: Path, tokenizer: Any) -> None:
     file = tmp_path / "broken.jsonl"
     file.write_bytes(content)
-    with pytest.raises(ConfigError, match=f"broken.jsonl.*{named}"):
-        data.load_samples(str(file), tokenizer, count=1, length=1)
+    for read in (lambda: data.load_samples(str(file), tokenizer, count=1, length=1), lambda: data.prefixes(str(file), tokenizer, length=1)):
+        with pytest.raises(ConfigError, match=f"broken.jsonl.*{named}") as raised:
+            read()
+        assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".txt"])
+def test_a_byte_order_mark_is_no_text(suffix: str, tmp_path: Path, tokenizer: Any) -> None:
+    text = "a\U0001f600b\0c\u2028d" * 9
+    file = tmp_path / f"marked{suffix}"
+    file.write_text(json.dumps({"text": text}) + "\r\n" if suffix == ".jsonl" else text, encoding="utf-8-sig")
+    assert tokenizer.decode(data.load_samples(str(file), tokenizer, count=None, length=30)[0]) == text.encode()[:30].decode()
 
 
 # The mirror and the hub

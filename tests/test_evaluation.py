@@ -32,18 +32,76 @@ def test_perplexity_equals_its_twin_and_does_not_depend_on_batches(tiny: tuple, 
     assert evaluation.perplexity(model, tokens()) == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_long_sequence_is_read_in_pieces(tiny: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As many logits as fit at once, and the same figures, for models that look back over the whole text or over a part of it."""
-    seen: list[int] = []
-    for model in (tiny[0], families.build("gemma3 (sliding and full layers)")):
-        ids = families.tokens(3, 20)
-        expected = evaluation.sequence_nll(model, ids)
-        model.get_output_embeddings().register_forward_hook(lambda _, __, logits: seen.append(logits.numel()))
-        monkeypatch.setattr(evaluation, "LOGITS", 7 * model.get_output_embeddings().out_features)
-        assert torch.allclose(evaluation.sequence_nll(model, ids), expected, atol=1e-5)
-        assert len(seen) == 9 and max(seen) <= evaluation.LOGITS
-        seen.clear()
-        monkeypatch.undo()
+COHERE = ("CohereConfig", {**families.GROUPED, "logit_scale": 0.3})
+CAPPED = ("Gemma2Config", {**families.GROUPED, "head_dim": 8, "sliding_window": 6, "final_logit_softcapping": 2.0})
+SLICED = [
+    "llama", "capped", "cohere", "granite", "gemma3 (sliding and full layers)", "gpt2 (Conv1D)", "opt (biases, learned positions)", "bloom (alibi)",
+    *families.STATES,
+]  # fmt: skip
+
+
+@pytest.fixture
+def sliced(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple:
+    """A model, and how many logits its output embedding returned in each call; seven tokens' may be held."""
+    monkeypatch.setitem(families.ALL, "cohere", COHERE)
+    monkeypatch.setitem(families.ALL, "capped", CAPPED)
+    model, seen = families.build(request.param), []
+    model.get_output_embeddings().register_forward_hook(lambda _, __, logits: seen.append(logits.numel()))
+    monkeypatch.setattr(evaluation, "LOGITS", 7 * families.VOCABULARY)
+    return model, seen
+
+
+@pytest.mark.parametrize("sliced", SLICED, indirect=True)
+def test_logits_are_computed_in_slices_that_equal_one_forward(sliced: tuple) -> None:
+    model, seen = sliced
+    ids = families.tokens(3, 20)
+    with torch.no_grad():
+        expected = [torch.nn.functional.cross_entropy(model(row[None], use_cache=False).logits[0, :-1].double(), row[1:]) for row in ids]
+    seen.clear()
+    assert torch.allclose(evaluation.sequence_nll(model, ids), torch.stack(expected), atol=1e-6)
+    assert len(seen) == 9 and max(seen) == evaluation.LOGITS
+
+
+@pytest.mark.parametrize("sliced", ["llama", "capped", "bamba"], indirect=True)
+def test_cloze_computes_the_logits_of_its_blanks_alone(sliced: tuple) -> None:
+    model, seen = sliced
+    generator = torch.Generator().manual_seed(0)
+    ids, at = families.tokens(4, 20), torch.stack([torch.arange(44) % 3, torch.randint(1, 20, (44,), generator=generator)], 1)
+    items = torch.cat([at, torch.randint(3, families.VOCABULARY, (44, 4), generator=generator)], 1)
+    with torch.no_grad():
+        scores = model(ids, use_cache=False).logits[items[:, 0], items[:, 1] - 1].gather(1, items[:, 2:])
+    expected = scores.argmax(1) == 0
+    seen.clear()
+    assert torch.equal(evaluation.cloze(model, ids, items), expected) and 0 < expected.sum() < 44
+    assert sum(seen) == 44 * families.VOCABULARY and max(seen) <= evaluation.LOGITS, "and no forward for the sample without a blank"
+
+
+@pytest.mark.parametrize("sliced", ["llama"], indirect=True)
+def test_a_model_that_calls_no_output_embedding_is_read_by_one_plain_forward(sliced: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, seen = sliced
+    expected = evaluation.sequence_nll(model, families.tokens(3, 20))
+    seen.clear()
+    for head in (None, torch.nn.Linear(32, families.VOCABULARY)):
+        monkeypatch.setattr(model, "get_output_embeddings", lambda head=head: head)
+        assert torch.allclose(evaluation.sequence_nll(model, families.tokens(3, 20)), expected, atol=1e-6)
+    assert seen == [20 * families.VOCABULARY] * 6
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3 (sliding and full layers)", *families.STATES])
+def test_what_a_model_writes_on_is_what_it_finds_likeliest(family: str) -> None:
+    """Each token has the largest logit of a forward over all tokens before it, whatever the family keeps between tokens."""
+    model, prompts = families.build(family), families.tokens(2, 8)
+    model.generation_config.eos_token_id = None
+    for prompt, row in zip(prompts, evaluation.generations(model, models.load_model("tiny")[1], prompts, tokens=6), strict=True):
+        with torch.no_grad():
+            logits = model(torch.cat([prompt, torch.tensor(row["tokens"])])[None], use_cache=False).logits[0, 7:-1]
+        assert logits.argmax(1).tolist() == row["tokens"]
+
+
+@pytest.mark.parametrize("family", families.STATES)
+def test_every_family_is_timed(family: str) -> None:
+    found = evaluation.latency({"it": families.build(family)}, batch_sizes=(2,), length=8, tokens=3, repeats=1)
+    assert (found.value > 0).all() and len(found) == 3
 
 
 def test_interval_is_that_of_the_mean_over_sequences() -> None:
@@ -75,6 +133,40 @@ def test_a_broken_model_has_an_infinite_perplexity() -> None:
 def test_too_short_sequences_are_refused(tiny: tuple) -> None:
     with pytest.raises(ConfigError, match="at least 2 tokens"):
         evaluation.perplexity(tiny[0], tokens(3, 1))
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"perplexity": ["pydocs"], "length": 513}, "The test text has 513 tokens a sample, more than the model's context of 512"),
+        ({"texts": {"own": tokens(2, 600)}}, r"texts\[own\] has 600"),
+        ({"blanks": (tokens(2, 600), tokens(2, 6))}, "The text of the cloze items has 600"),
+        ({"prompts": tokens(2, 500)}, "written after it has 548"),
+    ],
+)
+def test_text_beyond_the_context_is_refused_before_anything_is_measured(
+    options: dict, named: str, tiny: tuple, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluation, "size", lambda model: pytest.fail("measured first"))
+    with pytest.raises(ConfigError, match=named):
+        evaluation.evaluate(*tiny, **{"perplexity": [], **options})
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2 (Conv1D)", "opt (biases, learned positions)"])
+def test_every_reader_refuses_text_beyond_the_context(family: str, tiny: tuple) -> None:
+    model, items = families.build(family), torch.tensor([[0, 4, 5, 6]])
+    readers = (
+        lambda ids: evaluation.sequence_nll(model, ids),
+        lambda ids: evaluation.perplexity(model, ids),
+        lambda ids: evaluation.cloze(model, ids, items),
+        lambda ids: evaluation.generations(model, tiny[1], ids, tokens=0),
+    )
+    for read in readers:
+        with pytest.raises(ConfigError, match="has 65 tokens a sample, more than the model's context of 64"):
+            read(families.tokens(2, 65))
+    assert float(evaluation.sequence_nll(model, families.tokens(2, 64)).mean()) > 0
+    with pytest.raises(ConfigError, match="speed measurement has 160 tokens"):
+        evaluation.evaluate(model, tiny[1], perplexity=[], speed=True)
 
 
 def test_the_record_refuses_before_it_measures(tiny: tuple, monkeypatch: pytest.MonkeyPatch) -> None:

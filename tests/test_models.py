@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import families
 import pytest
 import torch
+import transformers
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from reconkit import models
@@ -194,6 +198,156 @@ def test_the_offline_model_is_read_from_its_file_where_no_copy_can_be_kept(cache
     assert models._offline_folder() == str(file)
     with pytest.raises(OSError, match="RECONKIT_CACHE"):
         models.open_model("smollm2-135m", cache / "blocks")
+
+
+def checkpoint(folder: Path, field: dict[str, Any], change: Callable[[str, torch.Tensor], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """The tiny model in `folder` with this `quantization_config`, its projections changed; returns its plain weights."""
+    models.save_model(*models.load_model("tiny"), folder)
+    plain = load_file(folder / "model.safetensors")
+    stored = [change(name, w) if "proj" in name else {name: w} for name, w in plain.items()]
+    save_file({name: w for part in stored for name, w in part.items()}, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text()) | {"quantization_config": field}
+    (folder / "config.json").write_text(json.dumps(config))
+    return plain
+
+
+FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [16, 16]}
+INT8 = {
+    "quant_method": "compressed-tensors",
+    "format": "int-quantized",
+    "quantization_status": "compressed",
+    "ignore": ["lm_head"],
+    "config_groups": {"group_0": {"targets": ["Linear"], "weights": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}}},
+}
+SPARSE = {"quant_method": "compressed-tensors", "sparsity_config": {"format": "dense", "global_sparsity": 0.5, "sparsity_structure": "2:4"}}
+
+
+def in_eighths(name: str, w: torch.Tensor) -> dict[str, torch.Tensor]:
+    """As FP8, whose scales are one eighth in every square of 16."""
+    scales = torch.full((w.shape[0] // 16, w.shape[1] // 16), 0.125)
+    return {name: (8 * w).to(torch.float8_e4m3fn), f"{name}_scale_inv": scales}
+
+
+def in_whole_numbers(name: str, w: torch.Tensor) -> dict[str, torch.Tensor]:
+    scale = w.abs().amax(1, keepdim=True) / 127
+    return {name: (w / scale).round().to(torch.int8), f"{name}_scale": scale}
+
+
+def as_it_is(name: str, w: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {name: w}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["fp8", "sparse"])
+def test_quantised_and_sparse_checkpoints_become_plain_ones(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    field, change = {"fp8": (FP8, in_eighths), "sparse": (SPARSE, as_it_is)}[kind]
+    plain = checkpoint(tmp_path / "m", field, change)
+    model, tokenizer = models.load_model(str(tmp_path / "m"), dtype=dtype)
+    models.check_float_weights(model)
+    for name, weight in plain.items():
+        expected = (8 * weight).to(torch.float8_e4m3fn).float() / 8 if kind == "fp8" and "proj" in name else weight
+        assert model.get_parameter(name).dtype == dtype and torch.equal(model.get_parameter(name), expected.to(dtype)), name
+    models.save_model(model, tokenizer, tmp_path / "copy")
+    assert "quantization_config" not in (tmp_path / "copy" / "config.json").read_text()
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "copy", dtype=dtype)
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("field", "named"),
+    [
+        (INT8, "compressed-tensors.*pip install compressed-tensors"),
+        ({"quant_method": "gptq", "bits": 4}, "quantised by gptq and cannot be restored"),
+        ({"quant_method": "awq", "bits": 4}, "awq"),
+        ({"load_in_4bit": True}, "bitsandbytes"),
+        ({"quant_method": "hqq", "quant_config": {}}, "hqq"),
+        ({"quant_method": "of tomorrow"}, "of tomorrow"),
+        ({"bits": 4}, "an unknown method"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_cannot_be_restored_is_refused_before_weights_are_read(
+    field: dict[str, Any], named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint(tmp_path / "m", field, in_whole_numbers)
+    monkeypatch.setattr("transformers.utils.quantization_config.is_compressed_tensors_available", lambda: False)
+    (tmp_path / "m" / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ConfigError, match=f"{named}.*checkpoint from which it was quantised") as raised:
+        models.load_model(str(tmp_path / "m"))
+    assert "\n" not in str(raised.value)
+    with pytest.raises(ConfigError, match="blocks to be read one at a time.*checkpoint from which it was quantised"):
+        models.open_model(str(tmp_path / "m"), tmp_path / "blocks")
+
+
+def test_sparse_weights_that_are_stored_as_bitmasks_are_refused_by_name(tmp_path: Path) -> None:
+    field = {**SPARSE, "sparsity_config": {**SPARSE["sparsity_config"], "format": "sparse-bitmask"}}
+    checkpoint(tmp_path / "m", field, lambda name, w: {f"{name}.compressed": w.flatten()})
+    with pytest.raises(ConfigError, match=r"no plain model\.layers\.0\.mlp\.down_proj\.weight, which compressed-tensors stores otherwise"):
+        models.load_model(str(tmp_path / "m"))
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8", "buffer", "subclass"])
+def test_packed_weights_are_refused_by_name(kind: str, tmp_path: Path) -> None:
+    model, tokenizer = models.load_model("tiny")
+    layer = model.model.layers[1].mlp.up_proj
+    if kind == "buffer":  # as GPTQ and AWQ have them
+        layer.register_buffer("qweight", torch.zeros(8, 64, dtype=torch.int32))
+    elif kind == "subclass":
+
+        class Packed(torch.Tensor): ...
+
+        layer.weight = nn.Parameter(layer.weight.detach().as_subclass(Packed), requires_grad=False)
+    else:
+        layer.weight = nn.Parameter(layer.weight.detach().to({"int8": torch.int8, "fp8": torch.float8_e4m3fn}[kind]), requires_grad=False)
+    name = "qweight" if kind == "buffer" else "weight"
+    for use in (lambda: models.check_float_weights(model), lambda: models.save_model(model, tokenizer, tmp_path / "m")):
+        with pytest.raises(ConfigError, match=rf"model\.layers\.1\.mlp\.up_proj\.{name} holds packed weights \(.*load the model with load_model"):
+            use()
+    assert not (tmp_path / "m").exists()
+
+
+@pytest.mark.parametrize("name", [*families.ALL, *families.STATES])
+def test_plain_models_of_every_family_have_float_weights(name: str) -> None:
+    models.check_float_weights(families.build(name))
+
+
+def test_a_rest_of_a_quantisation_is_not_saved(tmp_path: Path) -> None:
+    model, tokenizer = models.load_model("tiny")
+    model.config.quantization_config = dict(FP8)
+    model.is_quantized = True
+    models.save_model(model, tokenizer, tmp_path / "m")
+    assert "quantization_config" not in (tmp_path / "m" / "config.json").read_text()
+    assert models.load_model(str(tmp_path / "m"))[0].config.hidden_size == 64
+
+
+LIMITED = {"llama", "gpt2 (Conv1D)", "opt (biases, learned positions)", "gpt-neo", "falcon-h1", "bamba", "rwkv"}
+UNLIMITED = {"bloom (alibi)", "mamba", "mamba2", "recurrent-gemma"}
+
+
+@pytest.mark.parametrize("name", sorted(LIMITED | UNLIMITED))
+def test_a_length_beyond_the_context_is_refused_where_a_family_has_one(name: str) -> None:
+    model = families.build(name)
+    for of in (model, model.config):
+        models.check_length(of, 64, "text")
+        if name in UNLIMITED:
+            models.check_length(of, 10**6, "text")
+        else:
+            with pytest.raises(ConfigError, match="^text has 65 tokens a sample, more than the model's context of 64.$"):
+                models.check_length(of, 65, "text")
+
+
+def test_other_names_of_the_context() -> None:
+    for config in (transformers.MptConfig(max_seq_len=64), transformers.GPTJConfig(n_positions=64), transformers.OpenAIGPTConfig(n_positions=64)):
+        assert models.context(config) == 64
+
+
+def test_a_configuration_is_read_without_weights(tmp_path: Path) -> None:
+    models.save_model(*models.load_model("tiny"), tmp_path / "m")
+    (tmp_path / "m" / "model.safetensors").unlink()
+    assert models.context(models.config_of(str(tmp_path / "m"))) == models.context(models.config_of("tiny")) == 512
+    (tmp_path / "m" / "config.json").write_text("{")
+    with pytest.raises(RuntimeError, match="cannot be loaded"):
+        models.config_of(str(tmp_path / "m"))
 
 
 @pytest.mark.assets

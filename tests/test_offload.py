@@ -67,10 +67,15 @@ def test_no_more_than_a_window_is_in_memory(folder: Path, monkeypatch: pytest.Mo
     assert max(seen) == 2 and len(seen) <= 2 + 4 * 4, "each block is read to be looked at, compared on two batches, and pruned"
 
 
-def test_figures_of_a_model_on_disk_are_those_of_the_whole_one(folder: Path) -> None:
+def test_figures_of_a_model_on_disk_are_those_of_the_whole_one(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, tokenizer = models.load_model(str(folder), device="cpu")
     model, ids = opened(folder), families.tokens(7, 20)
     assert torch.allclose(evaluation.sequence_nll(model, ids, batch_size=3), evaluation.sequence_nll(whole, ids, batch_size=3), atol=1e-6)
+    with monkeypatch.context() as patch:  # after the last block in slices
+        patch.setattr(evaluation, "LOGITS", 7 * evaluation.vocabulary(whole))
+        assert torch.allclose(evaluation.sequence_nll(model, ids, batch_size=3), evaluation.sequence_nll(whole, ids, batch_size=3), atol=1e-6)
+        items = torch.tensor([[0, 4, 9, 5, 6], [6, 19, 7, 8, 9], [6, 3, 9, 8, 5]])
+        assert torch.equal(evaluation.cloze(model, ids, items), evaluation.cloze(whole, ids, items))
     assert models.weights_sum(model) == models.weights_sum(whole)
     pruning.prune(model, ids, PruneConfig(technique="LR"), progress=False)
     pruning.prune(whole, ids, PruneConfig(technique="LR"), progress=False)

@@ -334,6 +334,41 @@ def test_what_the_caller_freed_before_hides_no_memory(cache: Path) -> None:
     assert again.metrics["memory/rss"] == pytest.approx(first.metrics["memory/rss"], rel=0.5)  # in this process it would be near zero
 
 
+def test_a_run_with_a_bos_token_reads_it_before_every_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    model, tokenizer = models.load_model("tiny")
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
+    models.save_model(model, tokenizer, tmp_path / "model")
+    read: list[Any] = []
+
+    def noted(where: Any, name: str) -> None:
+        real = getattr(where, name)
+        monkeypatch.setattr(where, name, lambda *args, **more: read.extend([args[1], *more.get("held_out", {}).values()]) or real(*args, **more))
+
+    monkeypatch.setattr(runs.cost, "apart", lambda work, *args: work(*args))
+    noted(runs.evaluation, "sequence_nll")
+    noted(runs.pruning, "prune")
+    selfgen = SelfGenConfig(batch_size=8)
+    values = {"model": str(tmp_path / "model"), "test": ("pydocs", "self"), "self_generated": 2, "selfgen": selfgen}
+    with_bos, without = runs.run(config(**values, bos="auto")), runs.fingerprint(config(**values))
+    assert with_bos.id != without and with_bos.config.bos == "auto"
+    assert len(read) >= 4 and all((ids[:, 0] == 1).all() and not (ids[:, 1:] == 1).any() for ids in read)
+    with pytest.raises(ConfigError, match="bos is True; it must be False or auto"):
+        config(bos=True)
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [({"length": 513, "test_length": 32}, "The calibration text has 513"), ({"test_length": 513}, "The test text has 513")],
+)
+def test_text_beyond_the_context_is_refused_before_the_pruning(values: dict[str, Any], named: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runs.cost, "apart", lambda work, *args: work(*args))
+    monkeypatch.setattr(runs.pruning, "prune", lambda *args, **options: pytest.fail("pruned first"))
+    with pytest.raises(ConfigError, match=f"{named} tokens a sample, more than the model's context of 512"):
+        runs.run(config(**values))
+
+
 def test_texts_of_one_name_are_refused_before_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(runs, "_compute", None)
     files = [tmp_path / folder / "mine.txt" for folder in "ab"]

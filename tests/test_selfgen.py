@@ -7,11 +7,12 @@ import math
 from pathlib import Path
 from typing import Any
 
+import families
 import pytest
 import torch
 from transformers import GenerationConfig
 
-from reconkit import data, evaluation, models, selfgen
+from reconkit import data, evaluation, models, selfgen, testsets
 from reconkit.config import ConfigError, SelfGenConfig
 
 ANY = SelfGenConfig(batch_size=4)
@@ -43,6 +44,15 @@ def test_four_tokens_are_greedy_and_the_rest_is_sampled(tiny: tuple) -> None:
     assert torch.equal(found[:, 1:5], best[:, :4])
     assert not torch.equal(found[:, 5:], best[:, 4:-1])
     assert len(set(found[:, 0].tolist())) > 1, "first tokens are drawn from the vocabulary"
+
+
+def test_a_family_whose_cache_is_wrong_writes_without_it() -> None:
+    """The greedy tokens of RWKV, whose state transformers 5.24 mixes up between the texts of a batch."""
+    model = families.build("rwkv")
+    found = selfgen.self_generate(model, models.load_model("tiny")[1], count=4, length=16, config=ANY, progress=False)
+    with torch.no_grad():
+        best = model(found, use_cache=False).logits.argmax(-1)
+    assert torch.equal(found[:, 1:5], best[:, :4]) and model.generation_config.use_cache is not False
 
 
 def test_perplexities_are_those_of_the_model_and_counts_those_of_the_filters(tiny: tuple) -> None:
@@ -179,6 +189,42 @@ def test_the_same_seed_gives_the_same_bytes_and_another_one_other_text(tiny: tup
         write(tiny, tmp_path / f"{name}.jsonl", seed=seed)
     a, b, c = ((tmp_path / f"{name}.jsonl").read_bytes() for name in "abc")
     assert a == b and a != c
+
+
+@pytest.fixture
+def bos_tiny(tiny: tuple) -> tuple:
+    """The tiny model with a tokenizer that puts a BOS token before a text."""
+    from tokenizers.processors import TemplateProcessing
+
+    tiny[1].backend_tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
+    return tiny
+
+
+@pytest.mark.parametrize("written", [None, 40])
+def test_texts_after_a_bos_token(bos_tiny: tuple, written: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model sees it before every text, and before a crop; the filters do not see it, and it is never predicted."""
+    seen: list[list[int]] = []
+    monkeypatch.setattr(selfgen, "distinct", lambda tokens: seen.append(tokens) or 1.0)
+    found = generate(bos_tiny, count=4, length=16, config=SelfGenConfig(batch_size=4, written=written, distinct=0.5), bos="auto")
+    assert found.tokens.shape == (4, 16) and (found.tokens[:, 0] == 1).all() and not (found.tokens[:, 1:] < 3).any()
+    assert found.tokens[:, 1:].tolist() == seen[:4]
+    with torch.no_grad():
+        logits = bos_tiny[0](found.tokens).logits
+    expected = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), found.tokens[:, 1:].flatten(), reduction="none").view(4, 15)
+    assert found.perplexity == pytest.approx(expected.mean(1).exp().tolist(), rel=1e-5)
+    if written is None:
+        assert torch.equal(found.tokens[:, 2:6], logits.argmax(-1)[:, 1:5]), "four greedy tokens after the first one"
+    without = generate(bos_tiny, count=4, length=16, config=SelfGenConfig(batch_size=4, written=written))
+    assert (without.tokens != 1).all() and not torch.equal(without.tokens[:, 1:], found.tokens[:, 1:])
+
+
+def test_a_file_of_texts_after_a_bos_token_loads_as_the_same_samples(bos_tiny: tuple, tmp_path: Path) -> None:
+    found = write(bos_tiny, tmp_path / "self.jsonl", bos="auto")
+    assert torch.equal(data.load_samples(str(tmp_path / "self.jsonl"), bos_tiny[1], count=None, length=16, bos="auto"), found.tokens)
+    assert "<bos>" not in (tmp_path / "self.jsonl").read_text()
+    own = {"count": 5, "length": 16, "config": ANY, "progress": False}
+    first, again = (testsets.own_text(*bos_tiny, **own, bos="auto") for _ in range(2))
+    assert torch.equal(first, again) and torch.equal(first, found.tokens[:5]) and not torch.equal(first, testsets.own_text(*bos_tiny, **own))
 
 
 @pytest.mark.parametrize("batches", [0, 1, 2])

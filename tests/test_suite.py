@@ -66,6 +66,8 @@ def test_a_manifest_becomes_entries(home: Path) -> None:
     a, two = found.entries
     assert (a.name, a.minutes, a.alone, a.parameters) == ("a", 3, True, {"value": 7, "rate": 1, "word": "b", "parts": [1], "switch": False})
     assert (two.name, two.parameters) == ("01_two", {"value": 7})
+    (home / "papermill_runs" / "mine.toml").write_text(text, encoding="utf-8-sig")
+    assert suite.load_manifest(home / "papermill_runs" / "mine.toml").entries == found.entries, "a byte order mark is no part of it"
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,12 @@ def test_blanks_are_whole_words_with_a_context_and_other_words_beside_them() -> 
         assert all(VOCABULARY[o][1:].isalpha() for o in others)
 
 
+def test_the_first_token_is_no_blank_in_the_shortest_samples() -> None:
+    """Nothing stands before it that could predict it, and it may be a BOS token."""
+    items = testsets.cloze_items(WORDS, text(200, 3), count=20)
+    assert set(items[:, 1].tolist()) == {1}
+
+
 def test_cloze_items_are_seeded_and_too_few_are_refused_with_their_number() -> None:
     a, b, c = (testsets.cloze_items(WORDS, text(), count=20, seed=seed) for seed in (0, 0, 1))
     assert torch.equal(a, b) and not torch.equal(a, c)

@@ -170,7 +170,6 @@ def test_the_scorer_gives_lm_evals_own_log_likelihoods(tiny: tuple) -> None:
     assert [value for value, _ in shared] == pytest.approx([value for value, _ in plain], abs=1e-3)
 
 
-STATE_SPACE = ("MambaConfig", {"vocab_size": families.VOCABULARY, "hidden_size": 32, "num_hidden_layers": 3, "state_size": 8})
 ROUTES = {
     "llama": "packed",
     "opt (biases, learned positions)": "packed",
@@ -179,7 +178,7 @@ ROUTES = {
     "gemma3 (sliding and full layers)": "shared",  # what is asked is longer than its window
     "bloom (alibi)": "shared",  # no positions
     "gpt-neo": "shared",  # a window by the place in the row
-    "state space": "plain",  # a state, which a mask does not cut
+    **dict.fromkeys(families.STATES, "plain"),  # a state, which a mask does not cut
 }
 
 
@@ -190,7 +189,6 @@ def test_every_family_is_asked_in_the_fastest_way_that_gives_lm_evals_answers(
     pytest.importorskip("lm_eval")
     from lm_eval.models.huggingface import HFLM
 
-    monkeypatch.setitem(families.ALL, "state space", STATE_SPACE)
     monkeypatch.setattr(likelihood, "PACK", 40)  # so that there are several, one with a single question
     model, tokenizer = families.build(family), tiny[1]
     contexts = [families.tokens(1, length, seed)[0].tolist() for seed, length in enumerate([36, 9, 1, 14, 5, 22])]
@@ -206,6 +204,13 @@ def test_every_family_is_asked_in_the_fastest_way_that_gives_lm_evals_answers(
     assert answered[-1] == route
     assert [value for value, _ in ours] == pytest.approx([value for value, _ in plain], abs=1e-4)
     assert [greedy for _, greedy in ours] == [greedy for _, greedy in plain] and plain[3 * len(contexts)][1]
+
+
+def test_a_route_is_judged_on_what_may_go_wrong() -> None:
+    """The most tokens, the longest continuation, two continuations of a context of several tokens, the two shortest contexts."""
+    pairs = [([3, 4, 5, 6, 7, 8, 9], [5]), ([3, 9, 8], [5, 6, 7, 8]), ([4], [5]), ([4], [6]), ([5, 4, 4, 4], [5]), ([5, 4, 4, 4], [6])]
+    assert likelihood.few(pairs) == [pairs[i] for i in (0, 1, 4, 5, 2, 1)]
+    assert likelihood.few(pairs[2:4]) == [pairs[i] for i in (2, 2, 2, 3, 2)]
 
 
 def noted(route: Any, count: int, answered: list[str]) -> Any:
