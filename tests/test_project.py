@@ -26,7 +26,7 @@ TARGETS = ("venv", "figures", "test", "smoke", "lab", "publish", "clean")
 # name → its parameters as callers may rely on them: `name`, `name=default`, `*` before keyword-only ones, `...` where more may follow.
 SIGNATURES = {
     "load_model": "name, *, dtype=torch.float32, device='auto'",
-    "load_samples": "corpus, tokenizer, *, count=64, length=256, split='train', seed=0",
+    "load_samples": "corpus, tokenizer, *, count=64, length=256, split='train', seed=0, bos=False",
     "self_generate": "model, tokenizer, *, count, length, seed=0, ...",
     "PruneConfig": "*, criterion='sparsegpt', pattern='unstructured', sparsity=0.5, technique='BR+GP', layers='all', epochs=10, steps=None, "
     "learning_rate=0.0002, batch_size=8, micro_batch=None, precision='auto', early_stopping=None, seed=0, ...",
