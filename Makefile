@@ -59,5 +59,5 @@ publish: $(READY)
 
 clean:
 	@rm -rf $(VENV) .pytest_cache .ruff_cache build dist
-	@find papermill_runs -mindepth 1 -maxdepth 1 -type d ! -name published -exec rm -rf {} +
+	@find papermill_runs -mindepth 1 -maxdepth 1 -type d ! -name published ! -name records -exec rm -rf {} +
 	@find reconkit tests -name __pycache__ -type d -prune -exec rm -rf {} +

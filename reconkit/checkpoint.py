@@ -23,23 +23,15 @@ from torch import Tensor, nn
 from . import offload
 from .assets import remove, writing
 from .callbacks import Callback
-from .config import ConfigError, PruneConfig, to_dict
+from .config import RESULTS, ConfigError, PruneConfig, to_dict
 from .streams import store
 
 if TYPE_CHECKING:
     from .pruning import Pruning, State
 
-ROOMS = ("callbacks", "checkpoint", "config", "criteria", "fused", "models", "offload", "prunable", "pruning", "reconstruct", "streams")
+FORMAT = 1  # of the files in the folder
 STREAMS = 4  # of the samples' size at once, at most: dense, sparse, target, and what is advanced
 SUPERSEDED = 2  # windows after which an earlier version of a block is deleted: one step back stays possible
-
-
-def code_hash(rooms: Sequence[str]) -> str:
-    """One sum over the sources of `rooms` and the versions of torch and transformers."""
-    import transformers
-
-    sources = [Path(__file__).with_name(f"{room}.py").read_bytes() for room in rooms]
-    return hashlib.sha256(b"".join([*sources, torch.__version__.encode(), transformers.__version__.encode()])).hexdigest()[:16]
 
 
 class Checkpoint:
@@ -60,7 +52,7 @@ class Checkpoint:
             "model": on_disk.sum() if (on_disk := offload.of(model)) else _sum(model.state_dict()),
             "samples": _sum(sources),
             "configuration": json.loads(json.dumps({k: v for k, v in to_dict(config).items() if k != "overfit"})),  # which decides words only
-            "code": code_hash(ROOMS),
+            "results": {"format": FORMAT, **{part: RESULTS[part] for part in ("criteria", "reconstruction")}},
         }
         for left in path.glob(".*"):  # of a process that was killed while it wrote
             if re.fullmatch(r"\.(key|window-\d+|block-\d+-\d+|streams-\d+)\.(json|pt)\.\d+", left.name):

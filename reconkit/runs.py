@@ -29,42 +29,20 @@ from filelock import FileLock
 
 from . import assets, cost, data, evaluation, models, progress, pruning, testsets, versions
 from . import history as store_of
-from .checkpoint import code_hash
-from .config import SELF, ConfigError, OverfitConfig, RunConfig, from_dict, require, to_dict
+from .config import RESULTS, SELF, ConfigError, OverfitConfig, PruneConfig, RunConfig, from_dict, require, to_dict
 from .overfit import verdict
-from .reconstruct import cpu_name, resolve_precision
+from .reconstruct import cpu_name
 from .streams import Errors
 
-ROOMS = (
-    "assets",
-    "callbacks",
-    "checkpoint",
-    "config",
-    "criteria",
-    "data",
-    "evaluation",
-    "fused",
-    "latency",
-    "likelihood",
-    "models",
-    "offload",
-    "overfit",
-    "prunable",
-    "pruning",
-    "reconstruct",
-    "runs",
-    "selfgen",
-    "statistics",
-    "streams",
-    "testsets",
-    "zeroshot",
-)
-"Sources that decide a number."
+OUTSIDE = ("__main__", "assets", "book", "cli", "cluster", "dashboard", "monitor", "report", "suite", "sweep")
+"Modules that no executed notebook depends on."
 LIBRARIES = ("torch", "transformers", "numpy", "tokenizers", "datasets", "lm_eval", "py3langid")
 NEEDED = 10**9  # free bytes without which no run begins
 DEFAULT_LIMIT = "20GB"
 DENSE = ("model", "prune", "evaluate", "test", "test_count", "test_length", "tasks", "limit", "draw", "device", "dtype", "bos")
 "What of a configuration decides the measurements of a dense model."
+NAMES = ("model", "corpus", "held_out", "test", "extra")
+"What of a configuration names a model or a text, which is identified by its content."
 NO_MATTER = ("tag", "parent", "keep_model", "test_seed", "price_per_hour", "offload", "checkpoint")
 "What of a configuration decides none; `draw` stands for the seed of the tests."
 PROMPTS, PROMPT = 4, 16  # prompts of the generations, and tokens in each
@@ -130,6 +108,22 @@ def run(run_config: RunConfig) -> Run:
     parent = version_of(run_config.parent) if run_config.parent else None
     parts = _parts(run_config)
     id, folder = _id(parts), _folder()
+    found = None if run_config.keep_model else committed(id)
+    if found is None or run_config.tag:
+        if found is not None and not (folder / id).exists():  # a tag is written beside the record
+            shutil.copytree(found.folder, assets.writable(folder) / id)
+        found = _made(run_config, parts)
+    _say_differences(found)
+    if run_config.tag:
+        tag(id, run_config.tag)
+    found = priced(found, run_config.price_per_hour)
+    _remember_or_say(found, parent)
+    return _judged(found, run_config.prune.overfit) if run_config.prune else found
+
+
+def _made(run_config: RunConfig, parts: dict[str, Any]) -> Run:
+    """The record in the cache, made where there is none or a damaged one."""
+    id, folder = _id(parts), _folder()
     if not _is_whole(folder / id, run_config):
         assets.writable(folder)
     with FileLock(folder / f".{id}.lock") if os.access(folder, os.W_OK) else nullcontext():
@@ -159,16 +153,49 @@ def run(run_config: RunConfig) -> Run:
                 shutil.rmtree(folder / id, ignore_errors=True)
                 os.replace(Path(staging) / "new", folder / id)
             _keep_within_limit(folder, id)
-    if run_config.tag:
-        tag(id, run_config.tag)
-    found = priced(_read(folder / id, cached=whole), run_config.price_per_hour)
-    _remember_or_say(found, parent)
-    return _judged(found, run_config.prune.overfit) if run_config.prune else found
+    return _read(folder / id, cached=whole)
 
 
 def _is_whole(folder: Path, run_config: RunConfig) -> bool:
-    """Whether a record is there, with its model where that is asked for."""
-    return (folder / "record.json").is_file() and (not run_config.keep_model or (folder / "model").is_dir())
+    """Whether a record is there and can be read, with its model where that is asked for."""
+    return _whole(folder) is not None and (not run_config.keep_model or (folder / "model").is_dir())
+
+
+def _whole(folder: Path) -> Run | None:
+    """The record in a folder; None where there is none, or a damaged one, which is named on stderr."""
+    if not (folder / "record.json").is_file():
+        return None
+    try:
+        return _read(folder)
+    except (OSError, ValueError, KeyError) as error:
+        print(f"The record {folder} is damaged ({type(error).__name__}), and is computed again.", file=sys.stderr)
+        return None
+
+
+def committed(id: str) -> Run | None:
+    """The record of that id among those that are committed with the repository, or in the folder that RECONKIT_RECORDS names."""
+    return _whole(_committed_folder() / id)
+
+
+def _committed_folder() -> Path:
+    return Path(os.environ.get("RECONKIT_RECORDS") or Path(__file__).parents[1] / "papermill_runs" / "records")
+
+
+def differences(run: Run) -> str:
+    """Where the versions and the processor that a record was made with differ from these here, as "name theirs (here ours)"."""
+    here, there = environment(), run.record.get("environment", {})
+    names = [name for name in ("python", "processor", "gpu", *LIBRARIES) if name in there and there[name] != here[name]]
+    return ", ".join(f"{name} {there[name]} (here {here[name]})" for name in names)
+
+
+def _say_differences(run: Run) -> None:
+    """Say once in a process what another environment a record comes from."""
+    if (text := differences(run)) and text not in _SAID:
+        _SAID.add(text)
+        print(f"Some records were made elsewhere: {text}.")
+
+
+_SAID: set[str] = set()
 
 
 def _judged(run: Run, thresholds: OverfitConfig) -> Run:
@@ -199,30 +226,57 @@ def fingerprint(run_config: RunConfig) -> str:
 
 
 def _parts(config: RunConfig) -> dict[str, Any]:
-    """Everything that decides the numbers of a run."""
-    plain = to_dict(config)
-    for name in NO_MATTER:
-        del plain[name]
+    """What identifies a run: what was asked for, and nothing of this machine.
+
+    Of the configuration these are the fields that differ from their default, so that a new field renames no record.
+    """
+    asked, usual = _asked(config), _asked(RunConfig(prune=PruneConfig() if config.prune else None))
+    texts = {"test": [_text(corpus, "test") for corpus in config.test]}
+    parts = ["evaluation"]
+    if config.prune:
+        texts |= {"corpus": [_text(config.corpus, "train")], "held_out": [_text(corpus, "validation") for corpus in config.held_out]}
+        texts |= {"extra": [data.identity(config.extra)]} if config.extra else {}
+        parts += ["criteria", *(["reconstruction"] if config.prune.trains else [])]
+    if SELF in config.test or (config.prune and (config.self_generated or config.corpus == SELF)):
+        parts.append("self-generation")
+    return {
+        "asked": json.loads(json.dumps(_differing(asked, usual))),
+        "model": models.identity(config.model),
+        "texts": texts,
+        "tasks": {task: data.task_identity(task) for task in config.tasks} if "zero_shot" in config.evaluate else {},
+        "results": {part: RESULTS[part] for part in sorted(parts)},
+    }
+
+
+def _asked(config: RunConfig) -> dict[str, Any]:
+    """The fields of a configuration that decide numbers, besides the names of the model and of texts."""
+    plain = {name: value for name, value in to_dict(config).items() if name not in (*NO_MATTER, *NAMES)}
     plain |= {"draw": config.draw, "test_length": config.test_length or config.length}
-    texts = {(config.corpus, "train"), *((c, "validation") for c in config.held_out), *((c, "test") for c in config.test)}
     if config.prune:
         del plain["prune"]["overfit"]  # which decides words only
     else:  # the dense model is the same whatever others are calibrated with
         plain = {name: value for name, value in plain.items() if name in DENSE}
-        texts = {(c, "test") for c in config.test}
     if not config.self_generated and config.corpus != SELF:
         plain.pop("selfgen", None)
-    texts = {(corpus, split) for corpus, split in texts if corpus != SELF}
-    extra = [config.extra] if config.extra and config.prune else []
-    device = models.resolve_device(config.device)
-    return {
-        "configuration": json.loads(json.dumps(plain)),
-        "model": models.identity(config.model),
-        "texts": sorted(data.identity(*text) for text in texts) + [data.identity(file) for file in extra],
-        "tasks": {task: data.task_identity(task) for task in config.tasks} if "zero_shot" in config.evaluate else {},
-        "precision": resolve_precision(config.prune.precision, device) if config.prune and config.prune.trains else "fp32",
-        **platform_key(device),
-    }
+    return plain
+
+
+def _differing(asked: Mapping[str, Any], usual: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields whose values are not the usual ones, inside nested configurations too."""
+    found = {}
+    for name, value in asked.items():
+        if isinstance(value, Mapping) and isinstance(usual.get(name), Mapping) and usual[name]:
+            value = _differing(value, usual[name])
+            if not value:
+                continue
+        elif value == usual.get(name):
+            continue
+        found[name] = value
+    return found
+
+
+def _text(corpus: str, split: str) -> str:
+    return corpus if corpus == SELF else data.identity(corpus, split)
 
 
 def platform_key(device: str = "auto") -> dict[str, Any]:
@@ -232,10 +286,16 @@ def platform_key(device: str = "auto") -> dict[str, Any]:
     """
     return {
         "device": models.resolve_device(device).split(":")[0],
-        "code": code_hash(ROOMS),
+        "code": _code(),
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in LIBRARIES},
     }
+
+
+def _code() -> str:
+    """One fingerprint of the sources that a notebook calls: an executed notebook is current as long as they are the same."""
+    files = (file for file in sorted(Path(__file__).parent.glob("*.py")) if file.stem not in OUTSIDE)
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 
 def _id(parts: Mapping[str, Any]) -> str:
@@ -373,7 +433,7 @@ def _made_before(config: RunConfig) -> Path | None:
     if not asked and not writes:
         return None
     plain = to_dict(config)
-    facts = [models.identity(config.model), config.dtype, config.draw, platform_key(config.device), {name: plain[name] for name in (*tests, *writes)}]
+    facts = [models.identity(config.model), config.dtype, config.draw, RESULTS, {name: plain[name] for name in (*tests, *writes)}]
     return testsets.folder() / f"made-{hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]}"
 
 
@@ -461,7 +521,8 @@ def _read(folder: Path, *, cached: bool = True) -> Run:
 def records() -> list[Run]:
     """Every whole record, oldest first; a damaged one is named on stderr and skipped."""
     found = []
-    for file in sorted(_folder().glob("*/record.json"), key=lambda f: f.stat().st_mtime):
+    files = [*_folder().glob("*/record.json"), *_committed_folder().glob("*/record.json")]
+    for file in sorted({file.parent.name: file for file in reversed(files)}.values(), key=lambda f: f.stat().st_mtime):
         try:
             found.append(_read(file.parent))
         except (OSError, ValueError, KeyError) as error:
@@ -564,8 +625,7 @@ def changes(run: Run, against: Run) -> pd.DataFrame:
 
 def recorded(id: str) -> Run | None:
     """The record of that id, where it is still there."""
-    folder = _folder() / id
-    return _read(folder) if (folder / "record.json").is_file() else None
+    return _whole(_folder() / id) or committed(id)
 
 
 def find(run: str) -> Run:

@@ -20,16 +20,13 @@ from filelock import FileLock
 from torch import Tensor
 
 from . import assets, data, evaluation, selfgen, statistics
-from .checkpoint import code_hash
-from .config import TEST_SEEDS, ConfigError, SelfGenConfig, require
+from .config import RESULTS, TEST_SEEDS, ConfigError, SelfGenConfig, require
 from .evaluation import ids_sum
 from .models import check_length, weights_sum
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-ROOMS = ("config", "data", "evaluation", "selfgen", "statistics", "testsets")
-"Sources that decide a set."
 LEAST = 500  # cloze items: fewer tell no two pruned models apart
 FIRST = 16  # samples in which blanks are looked for at first
 CHOICES = 4
@@ -66,7 +63,7 @@ def own_text(
     config = config or SelfGenConfig()
     first = data.bos_token(tokenizer, bos)
     made = selfgen.made_by(model, config, length=length, seed=seed, prefixes=prefixes, first=first)
-    facts = {**made, "count": count, "code": code_hash(ROOMS)}
+    facts = {**made, "count": count, "results": RESULTS["self-generation"]}
     file = folder() / f"own-{_sum(facts)}.jsonl"
     options = {"count": count, "length": length, "seed": seed, "config": config, "prefixes": prefixes, "bos": bos, "progress": progress}
     with _lock(file):
@@ -144,7 +141,7 @@ def cloze_set(
     Raises:
         ConfigError: too few blanks, or the dense model is not well above chance on them; the message has both figures.
     """
-    facts = {"samples": ids_sum(samples), "weights": weights_sum(model), "count": count, "seed": seed, "code": code_hash(ROOMS)}
+    facts = {"samples": ids_sum(samples), "weights": weights_sum(model), "count": count, "seed": seed, "results": RESULTS["evaluation"]}
     file = folder() / f"cloze-{_sum(facts)}.json"
     with _lock(file):
         if not file.is_file():

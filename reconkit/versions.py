@@ -63,7 +63,7 @@ def facts(run: Any) -> dict[str, Any]:
     """What the history keeps of a run besides its measurements, but for its parent."""
     how, spent = run.config.prune, [run.metrics.get(f"seconds/{part}") for part in ("prune", "evaluate")]
     paid = [run.metrics[name] for name in ("money/prune", "money/evaluate") if name in run.metrics]
-    asked = {name: run.record["made_from"][name] for name in ("configuration", "model", "texts", "tasks")}
+    asked = {name: run.record["made_from"][name] for name in ("asked", "model", "texts", "tasks")}
     return {
         "version": run.id,
         "model": run.config.model,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import families
 import pytest
 import torch
 
-from reconkit import checkpoint, models, pruning, runs
+from reconkit import checkpoint, models, pruning
 from reconkit.config import ConfigError, PruneConfig
 
 TECHNIQUES = ("LR", "BR", "BR+GP", "BR+GP+CR", "BR+CR")
@@ -138,27 +137,11 @@ def test_an_interrupt_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.Monk
     assert same(prune(tmp_path, "BR"), prune(None, "BR"))
 
 
-NO_NUMBERS = {"assets", "cost", "overfit", "progress"}
-"Modules that pruning imports and that decide no weight: files, time and memory, words, the bar."
-
-
-def imported(module: str, known: set[str]) -> set[str]:
-    """`module` and every module of the package that it imports, directly or not, at its top or inside a function."""
-    known.add(module)
-    source = Path(checkpoint.__file__).with_name(f"{module}.py").read_text(encoding="utf-8")
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.ImportFrom) and node.level == 1:
-            for name in [node.module] if node.module else [alias.name for alias in node.names]:
-                if name not in known:
-                    imported(name, known)
-    return known
-
-
-def test_every_module_that_decides_a_weight_is_hashed() -> None:
-    needed = imported("pruning", set())
-    assert {"criteria", "fused", "streams"} <= needed, "imports inside functions count"
-    assert needed - NO_NUMBERS == set(checkpoint.ROOMS)
-    assert needed - NO_NUMBERS <= set(runs.ROOMS)
+def test_a_checkpoint_of_other_results_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prune(tmp_path)
+    monkeypatch.setitem(checkpoint.RESULTS, "reconstruction", 99)
+    with pytest.raises(ConfigError, match="begun with another results"):
+        prune(tmp_path)
 
 
 def test_a_full_disk_leaves_no_partial_file_and_the_walk_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

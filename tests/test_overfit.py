@@ -171,7 +171,7 @@ def test_only_what_decides_a_number_is_part_of_the_question() -> None:
     """Two records of one question, one of which was asked for with settings that it did not use."""
     a, b = run("LR", [3.0, 3.1]), run("BR", [3.2, 3.3])
     for made in (a, b):
-        made.record["made_from"] = {"model": "m", "configuration": {"draw": 0, "prune": {"technique": made.config.prune.technique, "sparsity": 0.5}}}
+        made.record["made_from"] = {"model": "m", "asked": {"draw": 0, "prune": {"technique": made.config.prune.technique, "sparsity": 0.5}}}
     b.config = replace(b.config, selfgen=SelfGenConfig(batch_size=3))
     assert len(overfit.outcomes([a, b], ["wiki"])) == 1
 

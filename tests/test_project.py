@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -30,7 +31,7 @@ SIGNATURES = {
     "self_generate": "model, tokenizer, *, count, length, seed=0, ...",
     "PruneConfig": "*, criterion='sparsegpt', pattern='unstructured', sparsity=0.5, technique='BR+GP', layers='all', epochs=10, steps=None, "
     "learning_rate=0.0002, batch_size=8, micro_batch=None, precision='auto', early_stopping=None, seed=0, ...",
-    "prune": "model, samples, config, *, extra=None, held_out=None, checkpoint=None, progress=True",
+    "prune": "model, samples, config, *, extra=None, held_out=None, checkpoint=None, callbacks=(), progress=True",
     "save_model": "model, tokenizer, folder",
     "perplexity": "model, samples, *, batch_size=8",
     "zero_shot": "model, tokenizer, tasks, *, limit=None, seed=0, against=None",
@@ -250,3 +251,18 @@ def test_colabs_versions_are_within_our_bounds_so_that_an_install_moves_none() -
         if requirement.name in theirs:
             assert requirement.specifier.contains(theirs[requirement.name]), requirement
     subprocess.run(["bash", "-n", ROOT / ".ci" / "colab"], check=True)
+
+
+def test_committed_records_are_neither_ignored_nor_cleaned(tmp_path: Path) -> None:
+    for name in ("Makefile", ".gitignore"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    kept, made = (tmp_path / "papermill_runs" / name / "a" / "record.json" for name in ("records", "smoke"))
+    for file in (kept, made):
+        file.parent.mkdir(parents=True)
+        file.touch()
+    for name in ("reconkit", "tests"):
+        (tmp_path / name).mkdir()
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    ignored = [subprocess.run(["git", "check-ignore", "-q", file], cwd=tmp_path).returncode == 0 for file in (kept, made)]
+    subprocess.run(["make", "-s", "clean"], cwd=tmp_path, check=True)
+    assert ignored == [False, True] and kept.is_file() and not made.exists()

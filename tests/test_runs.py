@@ -85,7 +85,7 @@ def test_a_killed_run_goes_on_from_its_checkpoint(tmp_path: Path, monkeypatch: p
         with pytest.raises(ZeroDivisionError):
             runs.run(asked)
     assert (tmp_path / "state" / whole.id).is_dir()
-    monkeypatch.setattr(pruning, "reconstruct", lambda *args, **options: pytest.fail("a window that was done is trained again"))
+    monkeypatch.setattr(pruning.Trainer, "fit", lambda *args, **options: pytest.fail("a window that was done is trained again"))
     assert runs.run(asked).errors.equals(whole.errors)
 
 
@@ -128,10 +128,60 @@ def test_what_decides_none_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
     assert runs.fingerprint(config()) == known, "threads, like processors, only sum in another order"
 
 
-def test_sources_of_deciding_rooms_are_hashed_and_others_are_not() -> None:
-    rooms = {p.stem for p in Path(runs.__file__).parent.glob("*.py")}
-    assert set(runs.ROOMS) < rooms
-    assert not set(runs.ROOMS) & {"plots", "report", "cli", "suite", "progress", "cost"}
+def test_a_run_is_identified_by_what_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, dense = runs.fingerprint(config()), runs.fingerprint(config(prune=None))
+    written = runs.fingerprint(config(self_generated=2))
+    explicit = config(prune=PruneConfig(technique="BR", epochs=1, sparsity=0.5, damping=0.01, keep_zeros="auto"))
+    assert runs.fingerprint(explicit) == plain, "a default that is written out is the default"
+    for name, value in (("python_version", lambda: "3.99"),):
+        monkeypatch.setattr(runs.platform, name, value)
+    monkeypatch.setattr(runs, "_version", lambda _: "99.0")
+    assert runs.fingerprint(config()) == plain, "versions are kept in the record, and do not name it"
+    monkeypatch.setitem(runs.RESULTS, "self-generation", 2)
+    assert (runs.fingerprint(config()), runs.fingerprint(config(prune=None))) == (plain, dense)
+    assert runs.fingerprint(config(self_generated=2)) != written
+    monkeypatch.setitem(runs.RESULTS, "reconstruction", 2)
+    assert runs.fingerprint(config()) != plain and runs.fingerprint(config(prune=None)) == dense
+
+
+def test_a_model_is_identified_by_its_files_content(tmp_path: Path) -> None:
+    models.save_model(*models.load_model("tiny"), tmp_path / "m")
+    known = runs.fingerprint(config(model=str(tmp_path / "m")))
+    weights = tmp_path / "m" / "model.safetensors"
+    os.utime(weights, (1, 1))
+    assert runs.fingerprint(config(model=str(tmp_path / "m"))) == known
+    shutil.copytree(tmp_path / "m", tmp_path / "elsewhere" / "m")
+    assert runs.fingerprint(config(model=str(tmp_path / "elsewhere" / "m"))) == known
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert runs.fingerprint(config(model=str(tmp_path / "m"))) != known
+
+
+def test_committed_records_answer_first(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = runs.run(config())
+    shutil.move(cache / "runs" / made.id, tmp_path / "records" / made.id)
+    record = tmp_path / "records" / made.id / "record.json"
+    facts = json.loads(record.read_text())
+    record.write_text(json.dumps({**facts, "environment": {**facts["environment"], "torch": "0.1"}}))
+    monkeypatch.setenv("RECONKIT_RECORDS", str(tmp_path / "records"))
+    found = runs.run(config())
+    assert found.cached and found.folder == record.parent and found.metrics == made.metrics
+    assert f"Some records were made elsewhere: torch 0.1 (here {torch.__version__})." in capsys.readouterr().out
+    assert [r.id for r in runs.records()] == [made.id] and runs.find(made.id[:6]).id == made.id
+    runs.run(config(tag="mine"))
+    assert sorted(file.name for file in record.parent.iterdir()) == ["errors.csv", "record.json", "training.csv"]
+    assert runs.find("mine").folder.parent == cache / "runs"
+
+
+def test_a_damaged_record_is_named_and_computed_again(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = runs.run(config())
+    (made.folder / "record.json").write_text("{")
+    again = runs.run(config())
+    assert not again.cached and again.metrics["nmse/pydocs"] == made.metrics["nmse/pydocs"]
+    assert f"The record {made.folder} is damaged (JSONDecodeError), and is computed again." in capsys.readouterr().err
 
 
 def test_the_last_blocks_errors_and_an_old_record_without_token_nmse() -> None:
@@ -195,7 +245,7 @@ def test_what_only_trains_never_touches_the_masks(monkeypatch: pytest.MonkeyPatc
 def test_calibration_on_self_generated_text_alone() -> None:
     run = runs.run(config(corpus="self"))
     assert set(run.errors.source) == {"calibration", "pydocs"}
-    assert not any(text.startswith("self") for text in run.record["made_from"]["texts"])
+    assert run.record["made_from"]["texts"]["corpus"] == ["self"]
     for wrong in ({"corpus": "self", "more": 1}, {"held_out": ("self",)}):
         with pytest.raises(ConfigError, match="self"):
             runs.run(config(**wrong))
