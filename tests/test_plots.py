@@ -129,7 +129,7 @@ def test_intervals_name_their_units_and_an_infinite_one_has_no_bars() -> None:
         "self (its own text)",
     ]
     first, second = ax.containers[0].lines[2][0].get_segments()
-    assert first[:, 0] == pytest.approx([0.1, 0.3]) and not np.isfinite(second).all()
+    assert first[:, 0] == pytest.approx([0.1, 0.3]) and not np.isfinite(second).any()
     assert np.isfinite(ax.get_xlim()).all()
     ax = plots.changes(data.assign(n=[4, 9]), "of", label="change")
     assert ax.get_xlabel() == "change" and [t.get_text().rsplit(" (", 1)[1] for t in ax.get_yticklabels()] == ["n = 4)", "n = 9)"]
