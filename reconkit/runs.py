@@ -91,8 +91,8 @@ class Run:
 
     @property
     def perplexity(self) -> pd.DataFrame:
-        """corpus, value, low, high: one row a test corpus."""
-        return pd.DataFrame(self.record["evaluation"]["perplexity"], columns=["corpus", "value", "low", "high"])
+        """corpus, value, low, high, n (independent units of the interval): one row a test corpus."""
+        return pd.DataFrame(self.record["evaluation"]["perplexity"], columns=["corpus", "value", "low", "high", "n"])
 
     @property
     def final(self) -> pd.Series:
