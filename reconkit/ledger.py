@@ -35,8 +35,13 @@ def describe_changes(changes: pd.DataFrame) -> str:
     parts = [
         f"{r.Index} {r.nmse_before:.3f} → {r.nmse_after:.3f} (token NMSE {r.token_before:.3f} → {r.token_after:.3f})" for r in changes.itertuples()
     ]
-    apart = " and ".join(changes.index[~changes.agree])
-    return "; ".join(parts) + (f"; the two measures disagree in direction for {apart}" if apart else "")
+    return "; ".join(parts) + disagreement(changes)
+
+
+def disagreement(changes: pd.DataFrame) -> str:
+    """The end of a text about `error_changes`: for which pairs the directions of the two measures differ; nothing where they agree."""
+    apart = " and ".join(changes.index[~changes.agree.astype(bool)])
+    return f"; the two measures disagree in direction for {apart}" if apart else ""
 
 
 def collect(folder: Path, names: Iterable[str]) -> pd.DataFrame:

@@ -326,6 +326,16 @@ def weight_views(block: nn.Module) -> tuple[list[WeightView], list[str]]:
     return views, dense
 
 
+def largest_inputs(model: nn.Module) -> dict[str, int]:
+    """The largest number of inputs of a prunable matrix, by part of a block: attention, feed-forward, all.
+
+    A Hessian of fewer calibration tokens than that is rank-deficient, and SparseGPT's result then depends on its dampening.
+    """
+    views = [view for block in blocks(model)[1] for view in weight_views(block)[0]]
+    inputs = {part: [v.get().shape[1] for v in views if v.attention is attention] for part, attention in (("attention", True), ("feed-forward", False))}
+    return {part: max(found, default=0) for part, found in (*inputs.items(), ("all", [*inputs["attention"], *inputs["feed-forward"]]))}
+
+
 def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
