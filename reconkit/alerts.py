@@ -6,9 +6,10 @@ A rule judges a measurement of one version, once for each test set that it names
 - with `against` and `relative` or `absolute`, the change from a reference: it fires when the change is worse than what is allowed
   and the 95 % interval of the change excludes no change. Where there is no interval (errors, sizes, times), the change decides.
 
-The interval is that of `versions.change`: paired where both answered the same items, else from both standard errors. An absolute
-change of perplexity is the ratio's, times the reference's value; a relative change of an accuracy is the difference over the
+The interval is that of `versions.change`: paired where both answered the same items, else Welch's from both standard errors. An
+absolute change of perplexity is the ratio's, times the reference's value; a relative change of an accuracy is the difference over the
 reference's value. A rule over many test sets asks many questions: allow some change, as one in forty fires by chance at 0.
+The interval is about these two versions on such test text: another calibration draw of the same technique may move more.
 
 References, always of the same model:
 
@@ -18,7 +19,7 @@ References, always of the same model:
 - a tag or an id.
 
 A version that was measured more than once counts as last measured. The dense model and named versions that answered other items are
-compared by standard errors, and the alert says so. Times, memory, speed, energy and money compare only on the same class of hardware.
+compared by Welch's interval, and the alert says so. Times, memory, speed, energy and money compare only on the same class of hardware.
 
 A measurement of the checked version that is not a number fires. What cannot be compared (no parent, other hardware, not measured)
 is listed as skipped, with the reason.
@@ -37,11 +38,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from .config import Z95, ConfigError, require
+from . import statistics
+from .config import ConfigError, require
 from .history import called
 from .rules import REFERENCES, SEVERITIES, VERDICTS, Rule, better, matches
 from .rules import load_rules as load_rules
-from .versions import HARDWARE, SHARES, name_of
+from .versions import HARDWARE, SHARES, Change, name_of
 from .versions import change as changed
 
 if TYPE_CHECKING:
@@ -115,7 +117,7 @@ def check(history: Store | tuple[pd.DataFrame, pd.DataFrame], version: str | int
                 continue
             result = _judge(rule, own, group.iloc[places[-1]], group, *candidates)
             if isinstance(result, dict):
-                fired.append(result)
+                fired.append({**result, "message": _line(result["message"] + _by_tokens(measurements, rule.metric, test_set, own.number))})
             else:
                 done, why = result
                 (passed if done else skipped).append(Outcome(rule.name, name_of(rule.metric, test_set), why))
@@ -124,6 +126,13 @@ def check(history: Store | tuple[pd.DataFrame, pd.DataFrame], version: str | int
             skipped.append(Outcome(rule.name, names, "not measured for this version"))
     fired.sort(key=lambda row: SEVERITIES.index(row["severity"]))
     return Report(int(own.number), str(own["name"]), fired, passed, skipped)
+
+
+def _by_tokens(measurements: pd.DataFrame, metric: str, test_set: str, number: int) -> str:
+    """What an alert of the error ratio adds: the same ratio of the token NMSE, on which a few massive activations have no weight."""
+    place = (measurements.number == number) & (measurements.metric == f"token {metric}") & (measurements.test_set == test_set)
+    known = measurements.value[place].dropna() if metric == "error ratio" else ()
+    return f" By token NMSE the ratio is {float(known.iloc[-1]):.4g}." if len(known) else ""
 
 
 def _find(versions: pd.DataFrame, name: Any, field: str, possible: str) -> pd.Series:
@@ -153,7 +162,7 @@ def _judge(rule: Rule, own: pd.Series, row: pd.Series, group: pd.DataFrame, foun
         if not beyond or low <= rule.allowed <= high:
             return True, f"{name} is {_show(rule.metric, value)}, worse than the limit by no more than its noise" if beyond else ""
         limit = _show(rule.metric, rule.allowed)
-        message = f"{name} is {_show(rule.metric, value)}{_between(low, high, '.4g')}; the worst that is allowed is {limit}."
+        message = f"{name} is {_show(rule.metric, value)}{_between(low, high, row.get('n'), '.4g')}; the worst that is allowed is {limit}."
         return _alert(rule, own, row, message, change=value - rule.allowed, low=low - rule.allowed, high=high - rule.allowed)
     if found.empty:
         return False, which
@@ -167,12 +176,12 @@ def _judge(rule: Rule, own: pd.Series, row: pd.Series, group: pd.DataFrame, foun
         return False, f"{called} has 0 there, from which no relative change is defined"
     if value == base or not _beyond(sign * (value - base) / (abs(base) if relative else 1), rule.allowed):
         return True, ""  # the interval takes a bootstrap, and decides nothing here
-    change, low, high = compare(row, other, relative=relative)
+    change, low, high, _, n = compare(row, other, relative=relative)
     differs = _text(row.get("sample")) and _text(other.get("sample")) and row["sample"] != other["sample"]
     if differs and math.isnan(low):
         return False, f"{called} answered other items, and there are no standard errors"
     form = "+.1%" if relative else "+.4g"
-    moved = f"{change:{form}}{_between(low, high, form)}"
+    moved = f"{change:{form}}{_between(low, high, n, form)}"
     if low <= 0 <= high:
         return True, f"{name} changed by {moved} against {called}, within its noise"
     message = f"{name} is {_show(rule.metric, value)}, {moved} against {called} ({_show(rule.metric, base)}); "
@@ -228,8 +237,8 @@ def _reference(rule: Rule, row: pd.Series, group: pd.DataFrame, found: pd.DataFr
     return group.iloc[places[np.argmin(sign * values[places])] if rule.against == "best" else places[-1]]
 
 
-def compare(own: Mapping[str, Any], other: Mapping[str, Any], *, relative: bool = False) -> tuple[float, float, float]:
-    """The change of a measurement from `other` to `own`, and its 95 % interval: (change, low, high).
+def compare(own: Mapping[str, Any], other: Mapping[str, Any], *, relative: bool = False) -> Change:
+    """The change of a measurement from `other` to `own`, and its 95 % interval.
 
     Args:
         own, other: rows of `Store.measurements`.
@@ -238,22 +247,24 @@ def compare(own: Mapping[str, Any], other: Mapping[str, Any], *, relative: bool 
     Returns:
         As `versions.change`, in one unit; low and high are NaN where a measurement has no noise, infinite for a single item.
     """
-    value, low, high, paired = changed(own, other)
-    if not paired and 1 in (own.get("n"), other.get("n")):
-        low, high = -math.inf, math.inf
+    found = changed(own, other)
     base = abs(float(other["value"])) or 1.0
     share = own["metric"] not in SHARES
     scale = 1.0 if share == relative else base if share else 1 / base
-    return value * scale, _number(low) * scale, _number(high) * scale
+    return found._replace(value=found.value * scale, low=_number(found.low) * scale, high=_number(found.high) * scale)
 
 
 def _interval(row: Mapping[str, Any]) -> tuple[float, float]:
     """95 % interval of a measurement, NaN without noise, infinite for a single item."""
     if row.get("n") == 1:
         return -math.inf, math.inf
-    half = Z95 * _number(row.get("stderr"))
-    low, high = _number(row.get("low")), _number(row.get("high"))
-    return (_number(row["value"]) - half, _number(row["value"]) + half) if math.isnan(low) or math.isnan(half) else (low, high)
+    stderr, low, high, n = (_number(row.get(name)) for name in ("stderr", "low", "high", "n"))
+    if math.isnan(stderr):
+        return math.nan, math.nan
+    if not (math.isnan(low) or math.isnan(high)):
+        return low, high
+    found = statistics.student(statistics.Measured(_number(row["value"]), stderr, None if math.isnan(n) else int(n)))
+    return found.low, found.high
 
 
 def _beyond(worse: float, allowed: float) -> bool:
@@ -274,8 +285,10 @@ def _show(metric: str, value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1e5 else f"{value:.4g}"
 
 
-def _between(low: float, high: float, form: str) -> str:
-    return "" if math.isnan(low) or math.isnan(high) else f" ({low:{form}} to {high:{form}})"
+def _between(low: float, high: float, n: Any, form: str) -> str:
+    if math.isnan(low) or math.isnan(high):
+        return ""
+    return f" ({low:{form}} to {high:{form}}{'' if math.isnan(_number(n)) else f', n = {n:.0f}'})"
 
 
 def _line(text: str) -> str:

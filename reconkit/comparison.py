@@ -13,8 +13,9 @@ import pandas as pd
 from . import plots, report, versions
 from .runs import Run
 
-KINDS = ("perplexity", "accuracy", "nmse")
-COLUMNS = ["version", "kind", "set", "value", "other", "change", "low", "high", "paired", "said"]
+ANSWERED = ("perplexity", "accuracy")
+KINDS = (*ANSWERED, "nmse", "token_nmse", "token_nmse_90")
+COLUMNS = ["version", "kind", "set", "value", "other", "change", "low", "high", "n", "paired", "said"]
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,10 @@ def table(others: Sequence[Run], against: Run) -> pd.DataFrame:
     """What changed from `against` to each of the others on every test set that both answered.
 
     Returns:
-        version, kind (perplexity, accuracy, nmse), set, value, other, change (a difference for accuracies, else a share), low, high
-        (95 %; none for errors), paired (both answered the same items), said ("better", "worse", "within noise").
+        version, kind (perplexity, accuracy, nmse, token_nmse, token_nmse_90), set, value, other, change (a difference for accuracies,
+        else a share), low, high (95 %; none for errors), n (articles, texts or items that the interval is over), paired (both answered
+        the same items), said ("better", "worse", "within noise"). All is about these versions: of a technique, only several
+        calibration seeds tell (`statistics.ratio`).
     """
     known = {(row["metric"], row["test_set"]): row for row in versions.measurements(against)}
     rows = []
@@ -52,10 +55,11 @@ def table(others: Sequence[Run], against: Run) -> pd.DataFrame:
             other = known.get((row["metric"], row["test_set"]))
             if row["metric"] not in KINDS or other is None or row["test_set"].endswith(" (acc_norm)"):
                 continue
-            change, low, high, paired = versions.change(row, other)
-            said = _said(change, low, high, row["direction"])
-            rows.append((name(run), row["metric"], row["test_set"], row["value"], other["value"], change, low, high, paired, said))
-    return pd.DataFrame(rows, columns=COLUMNS).astype({"low": float, "high": float})
+            found = versions.change(row, other)
+            said = _said(found.value, found.low, found.high, row["direction"])
+            about = (name(run), row["metric"], row["test_set"], row["value"], other["value"])
+            rows.append((*about, found.value, found.low, found.high, found.n, found.paired, said))
+    return pd.DataFrame(rows, columns=COLUMNS).astype({"low": float, "high": float, "n": float})
 
 
 def _said(change: float, low: float | None, high: float | None, direction: str) -> str:
@@ -72,10 +76,10 @@ def notes(found: pd.DataFrame, others: Sequence[Run], against: Run) -> list[str]
     for run in others:
         if run.config.model != against.config.model:
             said.append(f"{name(run)} is of {run.config.model}, {name(against)} of {against.config.model}: only what both answered compares.")
-    unpaired = found[~found.paired & (found.kind != "nmse")]
+    unpaired = found[~found.paired & found.kind.isin(ANSWERED)]
     if len(unpaired):
         sets = ", ".join(dict.fromkeys(unpaired.set))
-        said.append(f"Other items were answered on {sets}: the intervals are of both standard errors, and wide.")
+        said.append(f"Other items were answered on {sets}: the intervals are Welch's, of both standard errors, and wide.")
     return said
 
 
@@ -143,7 +147,7 @@ def overlay(runs: Sequence[Run]) -> Any:
 
 def _shown(found: pd.DataFrame, against: Run) -> pd.DataFrame:
     """The table as it is read, changes and their intervals as text."""
-    change = [report.changed(*row) for row in found[["kind", "change", "low", "high"]].itertuples(index=False)]
+    change = [report.changed(*row) for row in found[["kind", "change", "low", "high", "n"]].itertuples(index=False)]
     shown = found.assign(change=change)[["version", "kind", "set", "other", "value", "change", "paired", "said"]]
     return shown.rename(columns={"other": name(against)})
 

@@ -19,7 +19,6 @@ LAYERS = ("all", "attention", "feed-forward")
 STREAMS = ("dense", "sparse")
 MEASUREMENTS = ("perplexity", "cloze", "zero_shot", "speed", "generations")
 STARTS = ("token", "prefix")
-Z95 = 1.959964  # half-width of a 95 % interval in standard errors
 SELF = "self"  # the name, among corpora, of text that the dense model writes itself
 TEST_SEEDS = 2**40  # seeds from here on write test sets, so that no calibration text can be one of them
 

@@ -30,7 +30,10 @@ CHARTS = {
     "perplexity": "Perplexity",
     "accuracy": "Accuracy, zero-shot and cloze",
     "nmse": "Reconstruction error: NMSE after the last block",
-    "gap": "Overfitting gap: held-out over calibration NMSE",
+    "token_nmse": "Reconstruction error: token NMSE after the last block, median over tokens",
+    "token_nmse_90": "Reconstruction error: token NMSE after the last block, 90th percentile over tokens",
+    "error ratio": "Error ratio: held-out over calibration NMSE",
+    "token error ratio": "Error ratio by token NMSE: held-out over calibration",
     "seconds": "Time to prune and to evaluate, in seconds",
     "speed": "Speed of generation",
     "memory": "Peak memory, in bytes",
@@ -219,7 +222,7 @@ def _tiles(newest: pd.Series, own: pd.DataFrame, alerts: pd.DataFrame, beside: p
     tiles = [("newest version", newest["name"], f"{show(newest.technique)} {show(newest.criterion)}".strip())]
     tiles.append(("verdict", show(newest.verdict) or "not pruned", ""))
     tiles.append(("alerts", count["error"], count["warning"]))
-    for metric, test_set in (("perplexity", None), ("accuracy", None), ("nmse", "calibration"), ("gap", None), ("seconds", "prune")):
+    for metric, test_set in (("perplexity", None), ("accuracy", None), ("nmse", "calibration"), ("error ratio", None), ("seconds", "prune")):
         part = own[(own.metric == metric) & ((own.test_set == test_set) if test_set else True)]
         if len(part):
             name = versions.name_of(metric, part.test_set.iloc[0])
@@ -248,7 +251,8 @@ def _beside(known: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
             elsewhere = row["metric"] in versions.HARDWARE and other.hardware != newest.hardware
             there = same.loc[place].to_dict() if place in same.index and not elsewhere else {"value": math.nan}
             both = math.isfinite(row["value"]) and math.isfinite(there["value"])
-            column.append(changed(row["metric"], *versions.change(row, there)[:3]) if both else "")
+            found = versions.change(row, there) if both else None
+            column.append(changed(row["metric"], found.value, found.low, found.high, found.n) if found else "")
         table[f"against {word}" + (f" ({other['name']})" if other["name"] != word else "")] = column
     return table
 
@@ -332,7 +336,7 @@ nav a { margin-right: 1rem; }
 </head>
 <body>
 <h1>@title@</h1>
-<p class="quiet">As of @made@. Lower is better for perplexity, errors, the gap, times and memory; higher for accuracy. Times and memory compare
+<p class="quiet">As of @made@. Lower is better for perplexity, errors, error ratios, times and memory; higher for accuracy. Times and memory compare
 only on one class of hardware. Bars are 95 % intervals.</p>
 <nav><a href="#alerts">alerts</a><a href="#comparison">newest</a><a href="#charts">trends</a><a href="#versions">versions</a>
 <a href="#environment">environment</a></nav>

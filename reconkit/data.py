@@ -13,13 +13,14 @@ import os
 import platform
 import re
 import sys
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import version
-from itertools import chain, islice
+from itertools import accumulate, chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import assets
 from .config import ConfigError, one_of, require
@@ -54,7 +55,18 @@ PREFIXES = 256  # beginnings of real text that self-generated ones are drawn fro
 WIKI_TRAIN = 75  # of 96 articles
 PIECE = 100_000  # characters of running text that are tokenised at once
 BATCH = 64  # documents that are tokenised at once
+TITLE = re.compile(r"^ = [^=\n]+ = ?$", flags=re.M)  # of an article in WikiText; those of sections have more signs
 SHUFFLED, LOOKED = 10_000, 100_000  # documents of a stream: shuffled together, looked at before giving up
+
+
+class Draw(NamedTuple):
+    """Samples of a corpus, and where they come from."""
+
+    samples: LongTensor
+    "Tokens (N, T)."
+    articles: list[int]
+    """Number, in its split, of the document or article that holds a sample's first token. Where articles are not told apart (.txt files, ptb,
+    and wikitext2 and the joined text of c4 with a tokenizer that is not fast), every window has a number of its own."""
 
 
 def short_name(corpus: str) -> str:
@@ -100,16 +112,28 @@ def load_samples(
         ConfigError: a wrong word, a source that cannot be asked, or too little text; the message says how many are possible.
         RuntimeError: the offline text cannot be fetched.
     """
+    return draw(corpus, tokenizer, count=count, length=length, split=split, seed=seed).samples
+
+
+def load_articles(
+    corpus: str, tokenizer: PreTrainedTokenizerBase, *, count: int | None = 64, length: int = 256, split: str = "train", seed: int = 0
+) -> list[int]:
+    """The number of the article of each sample that `load_samples` gives for the same arguments; see `Draw`. Errors as there."""
+    return draw(corpus, tokenizer, count=count, length=length, split=split, seed=seed).articles
+
+
+def draw(corpus: str, tokenizer: PreTrainedTokenizerBase, *, count: int | None = 64, length: int = 256, split: str = "train", seed: int = 0) -> Draw:
+    """`load_samples` and `load_articles` at once."""
     import numpy as np
     import torch
 
-    samples = _drawn(corpus, tokenizer, count, length, split, seed)
+    samples, articles = _drawn(corpus, tokenizer, count, length, split, seed)
     if len(samples) < (count or 1):
         raise ConfigError(
             f"{corpus}{'' if _is_file(corpus) else f' ({split})'} holds only {len(samples)} samples of {length} tokens, "
             f"and {count or 'at least 1'} were asked for; ask for fewer or shorter ones."
         )
-    return torch.from_numpy(np.asarray(samples, dtype=np.int64))
+    return Draw(torch.from_numpy(np.asarray(samples, dtype=np.int64)), articles)
 
 
 def load_reported(corpus: str, tokenizer: PreTrainedTokenizerBase, *, length: int, split: str = "test") -> LongTensor:
@@ -121,17 +145,23 @@ def load_reported(corpus: str, tokenizer: PreTrainedTokenizerBase, *, length: in
     Raises:
         ConfigError: as `load_samples`.
     """
+    return draw_reported(corpus, tokenizer, length=length, split=split).samples
+
+
+def draw_reported(corpus: str, tokenizer: PreTrainedTokenizerBase, *, length: int, split: str = "test") -> Draw:
+    """`load_reported` and the number of each sample's article."""
     if corpus != "c4":
-        return load_samples(corpus, tokenizer, count=None, length=length, split=split)
+        return draw(corpus, tokenizer, count=None, length=length, split=split)
     import torch
 
     documents, most = REPORTED
     files = _files("c4", "validation")
     texts = chain.from_iterable(map(_read_jsonl, files)) if files else _c4_stream("validation")
-    joined = " ".join(str(text) for text in islice(texts, documents))
-    windows = _windows(_joined(_pieces(joined), tokenizer), None, length, _generator("c4"))[:most]
+    chosen = [str(text) for text in islice(texts, documents)]
+    begins = [0, *accumulate(len(text) + 1 for text in chosen[:-1])]
+    windows, articles = _windows(_joined(_pieces(" ".join(chosen)), tokenizer, begins), None, length, _generator("c4"))
     require(len(windows) > 0, "length", length, "shorter than the text of C4 that is there")
-    return torch.from_numpy(windows.copy())
+    return Draw(torch.from_numpy(windows[:most].copy()), articles[:most])
 
 
 def prefixes(corpus: str, tokenizer: PreTrainedTokenizerBase, *, length: int, seed: int = 0) -> LongTensor:
@@ -140,12 +170,12 @@ def prefixes(corpus: str, tokenizer: PreTrainedTokenizerBase, *, length: int, se
     Raises:
         ConfigError: as `load_samples`, where there is not even one.
     """
-    there = len(_drawn(corpus, tokenizer, PREFIXES, length, "train", seed))
+    there = len(_drawn(corpus, tokenizer, PREFIXES, length, "train", seed)[0])
     return load_samples(corpus, tokenizer, count=max(1, there), length=length, seed=seed)
 
 
-def _drawn(corpus: str, tokenizer: PreTrainedTokenizerBase, count: int | None, length: int, split: str, seed: int) -> Any:
-    """As many samples as there are, up to `count`."""
+def _drawn(corpus: str, tokenizer: PreTrainedTokenizerBase, count: int | None, length: int, split: str, seed: int) -> tuple[Any, list[int]]:
+    """As many samples as there are, up to `count`, and the number of the article of each."""
     check_corpus(corpus)
     require(split in SPLITS, "split", split, one_of(SPLITS))
     require(count is None or count >= 1, "count", count, "a whole number of at least 1, or None for all")
@@ -212,55 +242,99 @@ def _generator(*facts: Any) -> np.random.RandomState:
 
 def _from_documents(
     corpus: str, split: str, tokenizer: PreTrainedTokenizerBase, count: int | None, length: int, generator: np.random.RandomState
-) -> list[list[int]]:
-    """One crop of each of the first `count` long enough documents in drawn order; None: all windows of all documents."""
+) -> tuple[list[list[int]], list[int]]:
+    """One crop of each of the first `count` long enough documents in drawn order, or all windows of all documents; and their documents."""
     documents = iter(_documents(corpus, split, generator, ordered=count is None))
     samples: list[list[int]] = []
+    articles: list[int] = []
     while (count is None or len(samples) < count) and (batch := list(islice(documents, BATCH))):
-        long = [tokens for tokens in _tokens(batch, tokenizer) if len(tokens) >= length]
-        if count is None:
-            samples += [tokens[i : i + length] for tokens in long for i in range(0, len(tokens) - length + 1, length)]
-        else:
-            starts = [int(generator.randint(len(tokens) - length + 1, dtype="int64")) for tokens in long]
-            samples += [tokens[i : i + length] for tokens, i in zip(long, starts, strict=True)]
-    return samples[:count]
+        numbers, texts = zip(*batch, strict=True)
+        for number, tokens in zip(numbers, _tokens(list(texts), tokenizer), strict=True):
+            if len(tokens) < length:
+                continue
+            last = len(tokens) - length
+            starts = range(0, last + 1, length) if count is None else [int(generator.randint(last + 1, dtype="int64"))]
+            samples += [tokens[i : i + length] for i in starts]
+            articles += [number] * len(starts)
+    return samples[:count], articles[:count]
 
 
-def _running_tokens(corpus: str, split: str, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
-    """The tokens of running text; of an offline one they are kept, since every run is a process of its own that asks for six of them."""
+class Running(NamedTuple):
+    """The tokens of running text, and the place of each article's first token; None where articles are not told apart."""
+
+    tokens: np.ndarray
+    starts: np.ndarray | None
+
+
+def _running_tokens(corpus: str, split: str, tokenizer: PreTrainedTokenizerBase) -> Running:
+    """Running text as tokens; those of an offline one are kept, since every run is a process of its own that asks for six of them."""
     import numpy as np
 
-    if corpus not in OFFLINE or not tokenizer.is_fast:
-        return _joined(_running_text(corpus, split), tokenizer)
+    if corpus not in OFFLINE:
+        pieces = _running_text(corpus, split)
+        return _joined(pieces, tokenizer, [m.start() for m in TITLE.finditer("".join(pieces))] if corpus == "wikitext2" else None)
+    if not tokenizer.is_fast:
+        return _articles_joined(_running_text(corpus, split), tokenizer)
     facts = [identity(corpus, split), _sum(tokenizer.backend_tokenizer.to_str().encode()), version("tokenizers"), version("transformers")]
-    file = assets.cache_dir() / "text" / _made_by() / f"{corpus}-{split}-{_sum(repr(facts).encode())[:16]}.npy"
+    file = assets.cache_dir() / "text" / _made_by() / f"{corpus}-{split}-{_sum(repr(facts).encode())[:16]}.npz"
     if not file.is_file():
         with _aside(file) as partial, partial.open("wb") as stream:
-            np.save(stream, _joined(_running_text(corpus, split), tokenizer))
-    return np.load(file)
+            np.savez(stream, **_articles_joined(_running_text(corpus, split), tokenizer)._asdict())
+    with np.load(file) as kept:
+        return Running(kept["tokens"], kept["starts"])
 
 
-def _joined(pieces: list[str], tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+def _articles_joined(articles: list[str], tokenizer: PreTrainedTokenizerBase) -> Running:
     import numpy as np
 
-    return np.fromiter(chain.from_iterable(_tokens(pieces, tokenizer)), dtype=np.int64)
+    found = _tokens(articles, tokenizer)
+    starts = np.cumsum([0, *map(len, found[:-1])])
+    return Running(np.fromiter(chain.from_iterable(found), dtype=np.int64), starts)
 
 
-def _windows(tokens: np.ndarray, count: int | None, length: int, generator: np.random.RandomState) -> np.ndarray:
-    """Windows at multiples of `length`: `count` of them in drawn order, or all in order."""
-    windows = tokens[: len(tokens) // length * length].reshape(-1, length)
-    return windows if count is None else windows[generator.permutation(len(windows))[:count]]
+def _joined(pieces: list[str], tokenizer: PreTrainedTokenizerBase, begins: Sequence[int] | None = None) -> Running:
+    """The tokens of a text in pieces; `begins` are the places of its articles, counted in characters."""
+    import numpy as np
+
+    encoded = _encoded(pieces, tokenizer)
+    counts = [len(tokens) for tokens in encoded["input_ids"]]
+    tokens = np.fromiter(chain.from_iterable(encoded["input_ids"]), dtype=np.int64)
+    if not begins or not pieces or not tokenizer.is_fast:
+        return Running(tokens, None)
+    ends = list(accumulate(map(len, pieces)))
+    before = [0, *accumulate(counts)]
+    starts = []
+    for begin in begins:
+        piece = min(bisect_right(ends, begin), len(pieces) - 1)  # an empty document may end the text
+        place = begin - (ends[piece] - len(pieces[piece]))
+        held = (encoded.char_to_token(piece, c) for c in range(place, len(pieces[piece])))  # some tokenizers drop spaces
+        starts.append(before[piece] + next((t for t in held if t is not None), counts[piece]))
+    return Running(tokens, np.array(starts))
+
+
+def _windows(text: Running, count: int | None, length: int, generator: np.random.RandomState) -> tuple[np.ndarray, list[int]]:
+    """Windows at multiples of `length`, `count` of them in drawn order or all in order, and the number of the article of each."""
+    import numpy as np
+
+    windows = text.tokens[: len(text.tokens) // length * length].reshape(-1, length)
+    order = np.arange(len(windows)) if count is None else generator.permutation(len(windows))[:count]
+    if text.starts is None:
+        return windows[order], order.tolist()
+    return windows[order], np.maximum(np.searchsorted(text.starts, order * length, side="right") - 1, 0).tolist()
 
 
 def _tokens(documents: list[Document], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """Tokens of each document, without special tokens."""
-    texts = [d for d in documents if isinstance(d, str)]
-    options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
-    encoded = iter(tokenizer(texts, **options)["input_ids"] if texts else ())
+    encoded = iter(_encoded([d for d in documents if isinstance(d, str)], tokenizer)["input_ids"])
     tokens = [next(encoded) if isinstance(d, str) else d for d in documents]
     largest = max((max(d, default=0) for d in documents if not isinstance(d, str)), default=0)
     require(largest < len(tokenizer), "The largest token of the file", largest, f"below {len(tokenizer)}, the vocabulary of this model")
     return tokens
+
+
+def _encoded(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> Any:
+    options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+    return tokenizer(texts, **options) if texts else {"input_ids": []}
 
 
 # Sources
@@ -290,18 +364,18 @@ def _files(corpus: str, split: str) -> list[Path]:
     return _mirror(patterns[corpus])[:1] if corpus in patterns else []
 
 
-def _documents(corpus: str, split: str, generator: np.random.RandomState, *, ordered: bool) -> Iterable[Document]:
-    """The documents of a corpus, in drawn order unless `ordered`."""
+def _documents(corpus: str, split: str, generator: np.random.RandomState, *, ordered: bool) -> Iterable[tuple[int, Document]]:
+    """The documents of a corpus with their numbers in it, or in the stream, in drawn order unless `ordered`."""
     files = _files(corpus, split)
     if corpus == "c4" and not files:
         require(not ordered, "count", None, "a number for c4, which is read from the hub as a stream")
         seed = int(generator.randint(2**31, dtype="int64"))
         stream = _c4_stream("train" if split == "train" else "validation", seed)
-        return (d for d in stream if split == "train" or _half(d) == split)
+        return enumerate(d for d in stream if split == "train" or _half(d) == split)
     found = list(chain.from_iterable(map(_read_jsonl, files))) if files else _hub(corpus, split)
     if corpus == "c4" and split != "train":
         found = [d for d in found if _half(d) == split]
-    return found if ordered else (found[int(i)] for i in generator.permutation(len(found)))
+    return enumerate(found) if ordered else ((int(i), found[int(i)]) for i in generator.permutation(len(found)))
 
 
 def _half(document: Document) -> str:

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from scipy import stats
 from torch import Tensor
 
-from . import cost, data, offload, packing
-from .config import Z95, require
+from . import cost, data, offload, packing, statistics
+from .config import require
 from .latency import compressed, latency
 from .models import blocks, read_on, save_model, weight_views, weights_sum
 from .streams import Runner
@@ -27,7 +24,6 @@ if TYPE_CHECKING:
 
 SPARE = 0.1  # share of zeros that a model may have besides its masks: restored weights hold some
 WRITTEN = 48  # tokens after each prompt
-RESAMPLES = 2000  # of a bootstrap
 LOGITS = 2**26  # logits held at once; a large vocabulary must not decide how much memory an evaluation takes
 
 
@@ -83,43 +79,7 @@ def _nll(logits: Tensor, targets: Tensor) -> Tensor:
 
 def perplexity(model: PreTrainedModel, samples: Tensor, *, batch_size: int = 8) -> float:
     """exp of the mean −log p over all predicted tokens of `samples` (N, T)."""
-    return _exp(float(sequence_nll(model, samples, batch_size=batch_size).mean()))
-
-
-def perplexity_interval(nll: Tensor) -> tuple[float, float]:
-    """95 % bootstrap interval of the perplexity over sequences, (N,) → (low, high)."""
-    low, high = bootstrap(nll)
-    return _exp(low), _exp(high)
-
-
-def perplexity_ratio(nll: Tensor, against: Tensor) -> tuple[float, float, float]:
-    """Perplexity over another model's on the same sequences, and its paired 95 % bootstrap interval: (ratio, low, high)."""
-    low, high = bootstrap(nll - against)
-    return _exp(float((nll - against).mean())), _exp(low), _exp(high)
-
-
-def bootstrap(values: Tensor) -> tuple[float, float]:
-    """95 % interval of the mean of `values` (N,): percentiles of the means of seeded resamples; without bounds for a single value."""
-    if len(values) < 2:
-        return -math.inf, math.inf
-    generator = torch.Generator().manual_seed(0)
-    means = torch.stack([values[torch.randint(len(values), (len(values),), generator=generator)].double().mean() for _ in range(RESAMPLES)])
-    low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return low, high
-
-
-def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Mean of a few runs, of several seeds say, and its 95 % interval by Student's t: (mean, low, high); no bounds for a single one."""
-    found = np.asarray(values, dtype=float)
-    if len(found) < 2:
-        return float(found.mean()), -math.inf, math.inf
-    half = float(stats.t.ppf(0.975, len(found) - 1) * found.std(ddof=1) / len(found) ** 0.5)
-    return float(found.mean()), float(found.mean()) - half, float(found.mean()) + half
-
-
-def _exp(value: float) -> float:
-    """Infinite where `math.exp` raises: a model that is broken has a perplexity, too."""
-    return float(torch.tensor(value, dtype=torch.float64).exp())
+    return float(sequence_nll(model, samples, batch_size=batch_size).mean().exp())
 
 
 def ids_sum(ids: Tensor) -> str:
@@ -174,14 +134,6 @@ def generations(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prom
     ]
 
 
-def clustered_error(right: Tensor, cluster: Tensor) -> float:
-    """Standard error of the mean of `right` (items,), or of a difference, when the items of one `cluster` (their sample) belong together."""
-    residuals = right.double() - right.double().mean()
-    sums = torch.zeros(int(cluster.max()) + 1, dtype=torch.float64).index_add_(0, cluster, residuals)
-    groups = len(cluster.unique())
-    return float(sums.square().sum().sqrt() / len(right) * math.sqrt(groups / (groups - 1))) if groups > 1 else math.inf
-
-
 def size(model: PreTrainedModel) -> dict[str, float]:
     """Parameters, bytes in memory, and the share of zeros in the prunable matrices (which saves no byte by itself)."""
     weights = zeros = 0
@@ -217,7 +169,7 @@ def evaluate(
     packed: bool = False,
     price_per_hour: float | None = None,
     texts: Mapping[str, Tensor] | None = None,
-    blanks: tuple[Tensor, Tensor] | None = None,
+    blanks: tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Sequence[int]] | None = None,
     prompts: Tensor | None = None,
 ) -> dict[str, Any]:
     """The record of a model: everything that was asked for, with 95 % intervals, and what measuring it took.
@@ -233,13 +185,15 @@ def evaluate(
             add both sizes.
         price_per_hour: of the machine; with `speed`, gives what a million tokens cost.
         texts: further samples (N, T) by name, such as text of the model's own; their split is called "given".
-        blanks: (samples, items) of a cloze set, see `cloze`.
+        blanks: (samples, items) of a cloze set, see `cloze`, and where it is known the number of each sample's article, as
+            `testsets.cloze_of` gives them.
         prompts: tokens (N, T) from which it writes on, see `generations`.
 
     Returns:
         perplexity: rows of corpus (of a file, its name), split, length, tokens, data (a fingerprint), samples (another), dtype,
-        device, value, low, high, nll (per sequence), and ratio, ratio_low, ratio_high with `against`; cloze: value, low, high, n,
-        right and sample (per item), and difference, difference_low, difference_high with `against`, or None; zero_shot: rows, see `zero_shot`, with
+        device, value, low, high, n (articles, over which the interval is), nll and articles (per sequence), and ratio, ratio_low,
+        ratio_high with `against`; cloze: value, low, high, n (articles), right, sample and article (per item), and difference,
+        difference_low, difference_high with `against`, or None; zero_shot: rows, see `zero_shot`, with
         items (a fingerprint) and right (per item); generations: rows, see `generations`; speed: rows, see `latency`; size: dict;
         cost: of measuring, see `Cost.record`, and with a price that of a million tokens by batch size;
         fingerprint: what decides these figures, the weights included.
@@ -251,36 +205,36 @@ def evaluate(
         raise RuntimeError(f"The model to be measured has {had}: it is another model, or its masks were lost.")
     options = {"length": length, "split": split}
     drawn = {
-        c: data.load_reported(c, tokenizer, **options) if count is None else data.load_samples(c, tokenizer, count=count, seed=seed, **options)
+        c: data.draw_reported(c, tokenizer, **options) if count is None else data.draw(c, tokenizer, count=count, seed=seed, **options)
         for c in perplexity
     }
+    drawn |= {name: data.Draw(samples, list(range(len(samples)))) for name, samples in (texts or {}).items()}
+    blanks, blank_articles = (blanks[:2], blanks[2] if len(blanks) > 2 else None) if blanks else (None, None)
     with cost.measure() as used:
         rows, right = [], None
-        for corpus, samples in {**drawn, **(texts or {})}.items():
+        for corpus, (samples, articles) in drawn.items():
             if blanks and right is None and _at_once(model, samples) and torch.equal(samples, blanks[0][: len(samples)]):
                 nll, right = _read(model, *blanks, len(samples), batch_size)
             else:
                 nll = sequence_nll(model, samples, batch_size=batch_size)
-            low, high = perplexity_interval(nll)
+            found, real = statistics.perplexity(nll, articles), corpus not in (texts or {})
             row = {
                 "corpus": data.short_name(corpus),
-                "split": split if corpus in drawn else "given",
+                "split": split if real else "given",
                 "length": samples.shape[1],
                 "tokens": samples[:, 1:].numel(),
-                "data": data.identity(corpus, split) if corpus in drawn else corpus,
+                "data": data.identity(corpus, split) if real else corpus,
                 "samples": ids_sum(samples),
                 "dtype": str(model.dtype).removeprefix("torch."),
                 "device": model.device.type,
-                "value": _exp(float(nll.mean())),
-                "low": low,
-                "high": high,
+                **vars(found),
             }
             if against is not None:
-                ratio = perplexity_ratio(nll, sequence_nll(against, samples, batch_size=batch_size))
-                row |= dict(zip(("ratio", "ratio_low", "ratio_high"), ratio, strict=True))
-            rows.append({**row, "nll": nll.tolist()})
+                ratio = statistics.perplexity_ratio(nll, sequence_nll(against, samples, batch_size=batch_size), articles)
+                row |= {"ratio": ratio.value, "ratio_low": ratio.low, "ratio_high": ratio.high}
+            rows.append({**row, "nll": nll.tolist(), "articles": articles})
         asked = _zero_shot_record(model, tokenizer, tasks, limit, seed, against) if tasks else []
-        filled = _cloze_record(model, *blanks, right, against, batch_size) if blanks else None
+        filled = _cloze_record(model, *blanks, right, against, batch_size, blank_articles) if blanks else None
         written = generations(model, tokenizer, prompts) if prompts is not None else []
         models = {"this": model} | ({} if against is None else {"against": against})
         if speed and (other := compressed(model)) is not None:
@@ -325,14 +279,21 @@ def _zero_shot_record(
 
 
 def _cloze_record(
-    model: PreTrainedModel, samples: Tensor, items: Tensor, right: Tensor | None, against: PreTrainedModel | None, batch_size: int
+    model: PreTrainedModel,
+    samples: Tensor,
+    items: Tensor,
+    right: Tensor | None,
+    against: PreTrainedModel | None,
+    batch_size: int,
+    articles: Sequence[int] | None,
 ) -> dict[str, Any]:
-    """`right` is the model's `cloze`, where it is known already."""
+    """`right` is the model's `cloze`, where it is known already; without the samples' articles, each sample is one."""
     right = cloze(model, samples, items, batch_size=batch_size) if right is None else right
-    value, error = float(right.double().mean()), clustered_error(right, items[:, 0])
-    found = {"value": value, "low": value - Z95 * error, "high": value + Z95 * error, "n": len(right)}
+    sample = items[:, 0].tolist()
+    article = sample if articles is None else [articles[i] for i in sample]
+    found: dict[str, Any] = dict(vars(statistics.proportion(right, article)))
     if against is not None:
-        paired = right.int() - cloze(against, samples, items, batch_size=batch_size).int()
-        difference, error = float(paired.double().mean()), clustered_error(paired, items[:, 0])
-        found |= {"difference": difference, "difference_low": difference - Z95 * error, "difference_high": difference + Z95 * error}
-    return found | {"items": ids_sum(torch.cat([samples.flatten(), items.flatten()])), "right": right.int().tolist(), "sample": items[:, 0].tolist()}
+        paired = statistics.difference(right, cloze(against, samples, items, batch_size=batch_size), article)
+        found |= {"difference": paired.value, "difference_low": paired.low, "difference_high": paired.high}
+    told = {"items": ids_sum(torch.cat([samples.flatten(), items.flatten()])), "right": right.int().tolist()}
+    return found | told | {"sample": sample, "article": article}

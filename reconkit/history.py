@@ -61,6 +61,10 @@ TABLES = {
 }
 
 
+RENAMED = {"gap": "error ratio"}
+"Metrics whose rows were once written under another name; they are read under the new one."
+
+
 class Damaged(RuntimeError):
     """The file is not, or no longer, a whole history."""
 
@@ -206,7 +210,8 @@ class Store:
 
     def measurements(self, numbers: Iterable[int] | None = None, metric: str | None = None) -> pd.DataFrame:
         """The measurements of all, or of some, versions."""
-        asked, values = _where({"m.number": numbers, "m.metric": None if metric is None else [metric]})
+        names = None if metric is None else [metric, *(old for old, new in RENAMED.items() if new == metric)]
+        asked, values = _where({"m.number": numbers, "m.metric": names})
         columns = ", ".join(f"m.{_quoted(name)}" for name in MEASURED)
         joint = "measurements m JOIN versions v ON v.id = m.number"
         return self._read(f"SELECT m.number, v.version, {columns} FROM {joint} {asked} ORDER BY m.id", values)
@@ -224,7 +229,7 @@ class Store:
         with self._said():
             cursor = self.base.execute(query, list(values))
             names = [column[0] for column in cursor.description]
-            return pd.DataFrame(cursor.fetchall(), columns=names)
+            return _renamed(pd.DataFrame(cursor.fetchall(), columns=names))
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -252,6 +257,11 @@ class Store:
             raise
         except sqlite3.DatabaseError as error:
             raise Damaged(told(self.file)) from error
+
+
+def _renamed(table: pd.DataFrame) -> pd.DataFrame:
+    """The metrics of old rows under their new names."""
+    return table.assign(metric=table.metric.replace(RENAMED)) if "metric" in table else table
 
 
 def _quoted(name: str) -> str:
@@ -313,7 +323,7 @@ def salvage(file: str | Path) -> dict[str, pd.DataFrame]:
             rows = {row[0]: row for order in ("ASC", "DESC") for row in _readable(base, f"{told} ORDER BY id {order}")}
             low, high = _gap(sorted(rows))
             rows |= {row[0]: row for id in range(low, high) for row in _readable(base, f"{told} WHERE id = {id}")}
-            found[table] = pd.DataFrame([rows[id] for id in sorted(rows)], columns=["id", *columns])
+            found[table] = _renamed(pd.DataFrame([rows[id] for id in sorted(rows)], columns=["id", *columns]))
         base.close()
     return found
 

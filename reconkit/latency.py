@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 TOKEN = 5  # of the made-up prompt: speed does not depend on what is read
-COLUMNS = ["model", "batch", "measure", "value", "low", "high"]
+COLUMNS = ["model", "batch", "measure", "value", "low", "high", "n"]
 
 
 @torch.no_grad()
@@ -37,9 +37,9 @@ def latency(
         tokens: tokens written after it, at least 2.
 
     Returns:
-        model, batch, measure, value, low, high. Measures: first_token_seconds (from the prompt to the first token),
-        prefill_tokens_per_second (prompt tokens over that time), decode_tokens_per_second (further tokens over further time) and,
-        on a GPU, peak_bytes: the most that was allocated there, all models that are on it included.
+        model, batch, measure, value, low, high (quartiles, not a 95 % interval), n (turns). Measures: first_token_seconds (from the
+        prompt to the first token), prefill_tokens_per_second (prompt tokens over that time), decode_tokens_per_second (further tokens
+        over further time) and, on a GPU, peak_bytes: the most that was allocated there, all models that are on it included.
         Figures compare only within one call.
 
     Raises:
@@ -58,7 +58,7 @@ def latency(
         for name, found in taken.items():
             for measure in found[0]:
                 low, value, high = pd.Series([f[measure] for f in found]).quantile([0.25, 0.5, 0.75])
-                rows.append((name, batch, measure, value, low, high))
+                rows.append((name, batch, measure, value, low, high, repeats))
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
@@ -105,7 +105,7 @@ def products(weights: Mapping[str, Tensor], *, tokens: Sequence[int] = (1, 128),
 
     Returns:
         name, tokens, format ("CSR", and "2:4" where torch has a kernel for it here), value: seconds of the dense product over
-        seconds in that format, so that above 1 is faster; low, high: quartiles over the turns.
+        seconds in that format, so that above 1 is faster; low, high: quartiles over the turns; n: turns.
     """
     rows = []
     for name, weight in weights.items():
@@ -119,8 +119,8 @@ def products(weights: Mapping[str, Tensor], *, tokens: Sequence[int] = (1, 128),
             turns = [{kind: _timed(lambda held=held, x=x: held @ x, x.device) for kind, held in formats.items()} for _ in range(repeats + 3)]
             for kind in list(formats)[1:]:
                 ratios = pd.Series([turn["dense"] / turn[kind] for turn in turns[3:]])  # the first ones warm up
-                rows.append((name, count, kind, *ratios.quantile([0.5, 0.25, 0.75])))
-    return pd.DataFrame(rows, columns=["name", "tokens", "format", "value", "low", "high"])
+                rows.append((name, count, kind, *ratios.quantile([0.5, 0.25, 0.75]), repeats))
+    return pd.DataFrame(rows, columns=["name", "tokens", "format", "value", "low", "high", "n"])
 
 
 def _once(model: PreTrainedModel, batch: int, length: int, tokens: int) -> dict[str, float]:

@@ -1,7 +1,8 @@
 """Calibration against held-out samples: where the error of a pruned model stops being the error that it was trained on.
 
-Everything here is a function of two tables, `errors` (block, source, mse, nmse) and `training` (window, epoch, source,
-loss), so that it works while `prune` runs, on its result, and on any record.
+Everything here is a function of two tables, `errors` (block, source, mse, nmse, and token_nmse where it was measured) and `training`
+(window, epoch, source, loss), so that it works while `prune` runs, on its result, and on any record. The error ratio is the held-out
+error divided by the calibration error: of the NMSE, which decides the verdict, and beside it of the median token NMSE.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from typing import Any
 
 import pandas as pd
 
-from .config import Z95, OverfitConfig, PruneConfig, to_dict
+from . import statistics
+from .config import OverfitConfig, PruneConfig, to_dict
 
 TRAINED = ("calibration", "extra")
 HELD = 3  # blocks in a row on which the ratio must hold before it is warned of: one block's error may be tiny and its ratio anything
@@ -26,13 +28,14 @@ TRY = {
 
 
 def ratios(errors: pd.DataFrame) -> pd.DataFrame:
-    """Per block and held-out source: block, source, nmse, calibration (its NMSE), ratio, gap (their difference)."""
-    calibration = errors[errors.source == "calibration"].set_index("block").nmse
-    held = errors[~errors.source.isin(TRAINED)].copy()
-    held["calibration"] = held.block.map(calibration)
+    """Error ratios per block and held-out source: block, source, nmse, calibration (its NMSE), ratio (nmse / calibration), token_ratio
+    (the same of the token NMSE; NaN where it was not measured)."""
+    calibration = errors[errors.source == "calibration"].set_index("block").reindex(columns=["nmse", "token_nmse"])
+    held = errors[~errors.source.isin(TRAINED)].reindex(columns=["block", "source", "nmse", "token_nmse"])
+    held["calibration"] = held.block.map(calibration.nmse)
     held["ratio"] = held.nmse / held.calibration
-    held["gap"] = held.nmse - held.calibration
-    return held[["block", "source", "nmse", "calibration", "ratio", "gap"]].reset_index(drop=True)
+    held["token_ratio"] = held.token_nmse / held.block.map(calibration.token_nmse)
+    return held[["block", "source", "nmse", "calibration", "ratio", "token_ratio"]].reset_index(drop=True)
 
 
 def turns(training: pd.DataFrame, rising: float = OverfitConfig.rising, *, kept_best: bool = False) -> pd.DataFrame:
@@ -63,15 +66,15 @@ def rising(training: pd.DataFrame, config: OverfitConfig | None = None, *, kept_
     return list(found[found.up.astype(bool)].window)
 
 
-FACTS = ("ratio", "gap", "source", "growth", "block", "windows", "up", "window", "epoch", "transfer")
+FACTS = ("ratio", "token_ratio", "source", "growth", "block", "windows", "up", "window", "epoch", "transfer")
 
 
 def facts(run_or_result: Any, config: OverfitConfig | None = None) -> dict[str, Any]:
     """What a verdict rests on.
 
     Returns:
-        ratio and gap: held-out NMSE of the last block over, and minus, the calibration's, of the worst source; source: its
-        name; growth: that ratio over the first block's; block: the first one whose ratio reaches `watch`, and stays there, or
+        ratio: held-out NMSE of the last block over the calibration's, of the worst source; token_ratio: the same of its median token
+        NMSE; source: its name; growth: that ratio over the first block's; block: the first one whose ratio reaches `watch`, and stays there, or
         None; windows and up: how many were trained, and in how many the held-out loss turned up; window and epoch: the first of
         those and the median epoch of its lowest loss; transfer: share of training's gain on calibration samples, in log loss,
         that holds on held-out ones (NaN where nothing was trained).
@@ -79,13 +82,13 @@ def facts(run_or_result: Any, config: OverfitConfig | None = None) -> dict[str, 
     """
     config = config or _thresholds(run_or_result)
     table, training = ratios(run_or_result.errors), run_or_result.training
-    found: dict[str, Any] = {"ratio": math.nan, "gap": math.nan, "growth": math.nan, "source": None, "block": None}
+    found: dict[str, Any] = {"ratio": math.nan, "token_ratio": math.nan, "growth": math.nan, "source": None, "block": None}
     if not table.empty:
         final = table[table.block == table.block.max()]
         known = final.dropna(subset=["nmse", "calibration"])
         worst = (known if len(known) else final).fillna({"ratio": 1.0}).sort_values("ratio").iloc[-1]
         line = table[table.source == worst.source].sort_values("block")
-        found |= {"ratio": float(worst.ratio), "gap": float(worst.gap), "source": worst.source}
+        found |= {"ratio": float(worst.ratio), "token_ratio": float(worst.token_ratio), "source": worst.source}
         found["growth"] = float(worst.ratio / line.ratio.iloc[0]) if line.ratio.iloc[0] else math.nan
         below = line[~(line.ratio >= config.watch)].block
         above = line[line.block > (below.max() if len(below) else -1)].block
@@ -108,8 +111,9 @@ def verdict(run_or_result: Any, config: OverfitConfig | None = None, *, against:
 
     Args:
         config: the thresholds; None takes those of the run's own configuration, else the defaults.
-        against: a recorded run with a simpler technique; where this one reads a test text worse than that one, beyond the
-            interval, although its calibration error is lower, it is "overfitting" whatever the errors say.
+        against: a recorded run with a simpler technique; where this one has a higher perplexity on a test text than that one, beyond
+            the paired 95 % interval over its articles, although its calibration error is lower, it is "overfitting" whatever the
+            errors say. That is about these two runs; of their techniques only several calibration seeds tell, see `outcomes`.
     """
     config = config or _thresholds(run_or_result)
     errors = run_or_result.errors
@@ -129,10 +133,11 @@ def verdict(run_or_result: Any, config: OverfitConfig | None = None, *, against:
 
 
 def _judge(found: dict[str, Any], per_parameter: float | None, config: OverfitConfig, how: PruneConfig | None) -> tuple[str, list[str]]:
-    reasons = [f"the final error on {found['source']} is {found['ratio']:.2f} times that on the calibration samples (a gap of {found['gap']:.3g})"]
+    by_token = "" if math.isnan(found["token_ratio"]) else f", by token NMSE {found['token_ratio']:.2f}"
+    reasons = [f"the final error ratio on {found['source']} is {found['ratio']:.2f}{by_token} (held-out over calibration NMSE)"]
     advice = []
     if found["ratio"] >= config.watch:
-        reasons.append(f"the ratio passes {config.watch:g} for good at block {found['block']}")
+        reasons.append(f"the error ratio is {config.watch:g} or more from block {found['block']} on")
         advice.append("data")
     if found["up"] and found["up"] >= config.many * found["windows"]:
         reasons.append(
@@ -158,18 +163,20 @@ def _reads_worse(run: Any, simpler: Any) -> list[str]:
         return []
     said = []
     for row in run.record["evaluation"]["perplexity"]:
-        compared = _compared(row, _row(simpler, row["corpus"]))
-        if compared and compared[0] > Z95 * compared[1]:
-            said.append(f"the perplexity on {row['corpus']} is {math.expm1(compared[0]):.1%} above that of {simpler.config.prune.technique}")
+        found = _compared(row, _row(simpler, row["corpus"]))
+        if found is not None and _above(found):
+            interval = f"95 % interval {found.low - 1:+.1%} to {found.high - 1:+.1%}, n = {found.n}"
+            said.append(
+                f"the perplexity on {row['corpus']} is {found.value - 1:.1%} above that of the {simpler.config.prune.technique} run ({interval})"
+            )
     return said
 
 
-def _compared(own: Mapping[str, Any], other: Mapping[str, Any] | None) -> tuple[float, float] | None:
-    """(mean difference, its standard error) of −log p over the same sequences; None where they are not the same or too few."""
-    if other is None or own["samples"] != other["samples"] or len(own["nll"]) < 2:
+def _compared(own: Mapping[str, Any] | None, other: Mapping[str, Any] | None) -> statistics.Ratio | None:
+    """The ratio of two rows' perplexities over the articles of the same sequences; None where they are not the same."""
+    if own is None or other is None or own["samples"] != other["samples"]:
         return None
-    change = pd.Series(own["nll"]) - pd.Series(other["nll"])
-    return float(change.mean()), float(change.sem())
+    return statistics.perplexity_ratio(own["nll"], other["nll"], own.get("articles") or other.get("articles"))
 
 
 class Live:
@@ -193,8 +200,8 @@ class Live:
                 if held >= getattr(self.config, word) and not self.said & {word, "overfitting"}:
                     self.said |= {word}
                     found.append(
-                        f"Overfitting? After block {last.block} the error on {last.source} is {last.ratio:.2f} times that on the calibration "
-                        f"samples ({word} from {getattr(self.config, word):g})."
+                        f"Overfitting? After block {last.block} the error ratio on {last.source} is {last.ratio:.2f} "
+                        f"(held-out over calibration NMSE; {word} from {getattr(self.config, word):g})."
                     )
         rows = pd.DataFrame(training, columns=["window", "epoch", "source", "loss"])
         rows = rows[~rows.window.isin(self.turned)]
@@ -217,52 +224,71 @@ def per_parameter(samples: int, tokens: int, hidden: int, parameters: int) -> fl
     return samples * tokens * hidden / parameters
 
 
-def outcomes(runs: Iterable[Any], corpora: Iterable[str]) -> pd.DataFrame:
-    """What became of each run: whether its perplexity on held-out text is worse than the best simpler technique's, beyond its interval.
+TECHNIQUES = ("LR", "BR", "BR+GP", "BR+GP+CR")
+"From the simplest on."
+OUTCOME = (
+    "id", "group", "technique", "seed", "corpus", "against", "change", "low", "high", "n", "worse",
+    "text_change", "text_low", "text_high", "text_n", "worse_on_text", "verdict", *FACTS,
+)  # fmt: skip
 
-    Simpler are the runs of the same question (model, text, count, criterion, pattern, seed) with a technique earlier in
-    LR, BR, BR+GP, BR+GP+CR. The interval is the paired one over the test sequences.
+
+def outcomes(runs: Iterable[Any], corpora: Iterable[str]) -> pd.DataFrame:
+    """What became of each run's perplexity on test text, beside that of the best simpler technique.
+
+    Simpler are the runs of the same question (model, text, count, criterion, pattern) with a technique earlier in LR, BR, BR+GP,
+    BR+GP+CR and the same calibration seed. The draw of the calibration text decides more than that of the test text, so that a technique
+    is called worse over seeds only. One seed says which of two pruned models has the higher perplexity, and nothing of their techniques.
 
     Returns:
-        id, group (what the runs share), technique, seed, corpus, against (technique), change (log of the perplexity ratio), error
-        (its standard error), worse (bool), verdict (the word), and the columns of `facts`.
+        id, group (what the runs share), technique, seed, corpus, against (technique); change, low, high: relative change of perplexity
+        with its 95 % interval over the n calibration seeds (`statistics.ratio`; the same in the rows of all these seeds, and without
+        bounds for one), worse (bool): above no change beyond that interval; text_change, text_low, text_high: the same of this seed's
+        two runs over the text_n articles of the test text (`statistics.perplexity_ratio`), worse_on_text (bool): beyond that one;
+        verdict (the word), and the columns of `facts`.
     """
-    order = {word: place for place, word in enumerate(("LR", "BR", "BR+GP", "BR+GP+CR"))}
-    groups: dict[str, list[Any]] = {}
+    groups: dict[str, dict[str, dict[int, Any]]] = {}
     for run in runs:
-        if run.config.prune is not None and run.config.prune.technique in order and len(run.errors):
-            groups.setdefault(_question(run), []).append(run)
-    rows = []
-    for group, members in groups.items():
-        for run in members:
-            simpler = [r for r in members if order[r.config.prune.technique] < order[run.config.prune.technique]]
-            found = {"verdict": verdict(run)[0], **facts(run)}
+        if run.config.prune is not None and run.config.prune.technique in TECHNIQUES and len(run.errors):
+            group, arm = _question(run)
+            groups.setdefault(group, {}).setdefault(arm, {})[run.config.seed] = run
+    rows, corpora = [], list(corpora)
+    for group, arms in groups.items():
+        for own in arms.values():
+            simpler = [other for other in arms.values() if TECHNIQUES.index(_technique(other)) < TECHNIQUES.index(_technique(own))]
+            said = {seed: {"verdict": verdict(run)[0], **facts(run)} for seed, run in own.items()} if simpler else {}
             for corpus in corpora:
-                own = _row(run, corpus)
-                others = [(r, row) for r in simpler if own and (row := _row(r, corpus)) and row["samples"] == own["samples"]]
-                if not others:
-                    continue
-                best, other = min(others, key=lambda pair: sum(pair[1]["nll"]))
-                compared = _compared(own, other)
-                if compared is None:
-                    continue
-                change, error = compared
-                rows.append(
-                    {
-                        "id": run.id,
-                        "group": group,
-                        "technique": run.config.prune.technique,
-                        "seed": run.config.seed,
-                        "corpus": corpus,
-                        "against": best.config.prune.technique,
-                        "change": change,
-                        "error": error,
-                        "worse": change > Z95 * error,
-                        **found,
-                    }
-                )
-    columns = ["id", "group", "technique", "seed", "corpus", "against", "change", "error", "worse", "verdict", *FACTS]
-    return pd.DataFrame(rows, columns=columns).astype({"worse": bool})
+                rows += [{"group": group, **row, **said[row["seed"]]} for row in _against_best(own, simpler, corpus)]
+    return pd.DataFrame(rows, columns=list(OUTCOME)).astype({"worse": bool, "worse_on_text": bool})
+
+
+def _technique(by_seed: Mapping[int, Any]) -> str:
+    return next(iter(by_seed.values())).config.prune.technique
+
+
+def _against_best(own: Mapping[int, Any], simpler: Iterable[Mapping[int, Any]], corpus: str) -> list[dict[str, Any]]:
+    """A row a seed of `outcomes`, against the simpler runs that share most seeds and of these have the lowest perplexity."""
+    found = []
+    for other in simpler:
+        seeds = [seed for seed in own if seed in other]
+        ratios = {s: ratio for s in seeds if (ratio := _compared(_row(own[s], corpus), _row(other[s], corpus))) is not None}
+        if ratios:
+            found.append((_technique(other), ratios, statistics.ratio([r.value for r in ratios.values()], [1.0] * len(ratios))))
+    if not found:
+        return []
+    against, ratios, over = max(found, key=lambda each: (len(each[1]), each[2].value))
+    about = {"technique": _technique(own), "corpus": corpus, "against": against, **_changed(over), "n": over.n, "worse": _above(over)}
+    return [
+        {"id": own[seed].id, "seed": seed, **about, **_changed(text, "text_"), "text_n": text.n, "worse_on_text": _above(text)}
+        for seed, text in ratios.items()
+    ]
+
+
+def _changed(ratio: statistics.Ratio, prefix: str = "") -> dict[str, float]:
+    return {f"{prefix}change": ratio.value - 1, f"{prefix}low": ratio.low - 1, f"{prefix}high": ratio.high - 1}
+
+
+def _above(ratio: statistics.Ratio) -> bool:
+    return ratio.resolved and ratio.value > 1
 
 
 def agreement(said: pd.Series, worse: pd.Series) -> dict[str, int]:
@@ -314,15 +340,18 @@ TRAINING = frozenset(
     ).split()
 )
 "What of a PruneConfig says how, and not what, is reconstructed."
+SEEDS = ("seed", "test_seed", "draw")
 
 
-def _question(run: Any) -> str:
-    """What runs share whose techniques can be compared: everything that decides their numbers but how they were trained."""
+def _question(run: Any) -> tuple[str, str]:
+    """What runs share whose techniques can be compared, everything that decides their numbers but how they were trained and the seeds; and
+    how this one was trained."""
     made_from = run.record.get("made_from", {})
     known = made_from.get("configuration") or {**to_dict(run.config), "draw": run.config.draw}
     prune = {name: value for name, value in known["prune"].items() if name not in TRAINING}
-    rest = {name: value for name, value in known.items() if name not in ("prune", "tag", "keep_model", "test_seed")}
-    return repr((made_from.get("model"), sorted(rest.items()), sorted(prune.items())))
+    trained = {name: value for name, value in known["prune"].items() if name in TRAINING - {"seed", "overfit"}}
+    rest = {name: value for name, value in known.items() if name not in ("prune", "tag", "keep_model", *SEEDS)}
+    return repr((made_from.get("model"), sorted(rest.items()), sorted(prune.items()))), repr(sorted(trained.items()))
 
 
 def _row(run: Any, corpus: str) -> Mapping[str, Any] | None:

@@ -38,14 +38,15 @@ ORDER = {
 NAMES = {
     "block": "block",
     "nmse": "NMSE (share of the dense stream)",
-    "token_nmse": "token NMSE (median over tokens)",
-    "token_nmse_90": "token NMSE (90th percentile over tokens)",
     "mse": "MSE (mean square per scalar)",
+    "token_nmse": "Token NMSE, median over tokens",
+    "token_nmse_90": "Token NMSE, 90th percentile over tokens",
     "sparsity": "sparsity (share of weights that are zero)",
     "epoch": "epoch",
     "loss": "loss (MSE against the target)",
     "value": "perplexity",
-    "ratio": "held-out NMSE / calibration NMSE",
+    "ratio": "error ratio (held-out NMSE / calibration NMSE)",
+    "token_ratio": "error ratio (held-out / calibration token NMSE, medians)",
     "magnitude": "magnitude",
     "wanda": "Wanda",
     "sparsegpt": "SparseGPT",
@@ -153,7 +154,13 @@ def line_panels(data: pd.DataFrame, x: str, y: str, by: str, panels: str, *, log
 
 
 def error_by_block(errors: pd.DataFrame, by: str = "source", y: str = "nmse") -> Axes:
-    """The error between the dense and the sparse stream after each block, on a log scale: it compounds."""
+    """The error between the dense and the sparse hidden states after each block, on a log scale: it compounds.
+
+    Args:
+        errors: columns block, `by` and `y`.
+        y: nmse, mse, token_nmse or token_nmse_90, see `streams.Errors`; rows without a number are left out, as old records have no token NMSE.
+    """
+    errors = errors.dropna(subset=[y])
     return lines(errors, "block", y, by)
 
 
@@ -204,7 +211,7 @@ def perplexity(data: pd.DataFrame, by: str, rows: str, dense: Mapping[str, float
             ax.errorbar(
                 points.value,
                 place,
-                xerr=_bounds(points),
+                xerr=_bars(points),
                 fmt=look["marker"],
                 color=look["color"],
                 capsize=2,
@@ -240,7 +247,7 @@ def changes(data: pd.DataFrame, by: str, rows: str = "set", *, label: str = "cha
         points = data[data[by] == kind].set_index(rows).reindex(words)
         place = np.arange(len(words)) + shift
         ax.errorbar(
-            points.value, place, xerr=_bounds(points), fmt=look["marker"], color=look["color"], capsize=2, linewidth=1, label=NAMES.get(kind, kind)
+            points.value, place, xerr=_bars(points), fmt=look["marker"], color=look["color"], capsize=2, linewidth=1, label=NAMES.get(kind, kind)
         )
     ax.axvline(0, color=INK, linewidth=0.8)
     ax.set_yticks(range(len(words)), [NAMES.get(w, str(w)) + ("" if common else _units(data[data[rows] == w])) for w in words])
@@ -260,15 +267,19 @@ def differences(data: pd.DataFrame) -> np.ndarray:
     Args:
         data: `comparison.table`.
     """
-    better = {"perplexity": "lower is better", "nmse": "lower is better", "accuracy": "higher is better"}
-    names = {"perplexity": "perplexity, relative change", "nmse": "final NMSE, relative change", "accuracy": "accuracy, difference"}
+    names = {
+        "perplexity": "perplexity, relative change (lower is better)",
+        "nmse": "final NMSE, relative change (lower is better)",
+        "token_nmse": "final token NMSE (median), relative change (lower is better)",
+        "accuracy": "accuracy, difference (higher is better)",
+    }
     kinds = [kind for kind in names if kind in set(data.kind)]
     rows = max(data[data.kind == kind].set.nunique() for kind in kinds)
-    axes = _panels(len(kinds), width=1.2 * WIDTH, height=1.4 + 0.16 * rows * (1 + data.version.nunique()))
+    axes = _panels(len(kinds), width=min(1.2, 3.6 / len(kinds)) * WIDTH, height=1.4 + 0.16 * rows * (1 + data.version.nunique()))
     for ax, kind in zip(axes, kinds, strict=True):
         part = data[data.kind == kind].rename(columns={"value": "measured"})
         part = part.assign(value=part.change, low=part.low.fillna(part.change), high=part.high.fillna(part.change))
-        changes(part, "version", label=f"{names[kind]} ({better[kind]})", ax=ax)
+        changes(part, "version", label=names[kind], ax=ax)
         if ax is not axes[0] and ax.get_legend():
             ax.get_legend().remove()
     return axes
@@ -425,7 +436,7 @@ def scores(data: pd.DataFrame) -> Axes:
     """
     ax = _panels(1, width=1.3 * WIDTH, height=1.0 + 0.3 * max(len(data), 1))[0]
     place = np.arange(len(data))
-    ax.errorbar(data.value, place, xerr=_bounds(data), fmt="o", color=COLOURS[2], capsize=2, linewidth=1, label="accuracy")
+    ax.errorbar(data.value, place, xerr=_bars(data), fmt="o", color=COLOURS[2], capsize=2, linewidth=1, label="accuracy")
     ax.plot(data.chance, place, linestyle="none", marker="D", markerfacecolor="none", color=INK, label="chance")
     ax.set_yticks(place, [f"{row.task} (n = {row.n})" for row in data.itertuples()])
     ax.set(xlabel="accuracy (95 % interval over items)", xlim=(0, 1))
@@ -457,6 +468,12 @@ def kept_by_input(kept: pd.DataFrame) -> Axes:
     return ax
 
 
+def _bars(points: pd.DataFrame) -> np.ndarray:
+    """Distances of low and high from value, (2, points); no bar where an interval has no bounds, as that of one unit."""
+    found = np.abs(np.stack([points.value - points.low, points.high - points.value]))
+    return np.where(np.isfinite(found), found, np.nan)
+
+
 def _panels(count: int, *, sharey: bool = False, width: float = WIDTH, height: float = HEIGHT) -> np.ndarray:
     _, axes = plt.subplots(1, count, figsize=(width * count, height), sharey=sharey, layout="constrained", squeeze=False)
     return axes[0]
@@ -465,12 +482,6 @@ def _panels(count: int, *, sharey: bool = False, width: float = WIDTH, height: f
 def _sorted(by: str, words: Sequence[Any]) -> list[Any]:
     known = ORDER.get(by, ())
     return sorted(words, key=lambda w: known.index(w) if w in known else len(known))
-
-
-def _bounds(points: pd.DataFrame) -> np.ndarray:
-    """(2, points): how far an interval reaches below and above its value; NaN, which draws nothing, where it has no bounds."""
-    reach = np.abs(np.stack([points.value - points.low, points.high - points.value]).astype(float))
-    return np.where(np.isfinite(reach), reach, np.nan)
 
 
 def _units(data: pd.DataFrame) -> str:

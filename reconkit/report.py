@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import data, runs, testsets, versions
+from . import data, runs, statistics, testsets, versions
 from .assets import cache_dir
-from .config import Z95, one_of, require, to_dict
+from .config import one_of, require, to_dict
 from .overfit import verdict
 
 if TYPE_CHECKING:
@@ -101,24 +101,28 @@ def summary(result: Any) -> str:
 
 
 def evaluation(record: dict[str, Any]) -> str:
-    """An evaluation record in the terminal, as one table: each figure with its 95 % interval (times: quartiles) and its change."""
+    """An evaluation record in the terminal, as one table: each figure with its 95 % interval (times: quartiles), of how many units, and
+    its change."""
     from pandas import DataFrame
 
     rows = []
     for r in record.get("perplexity") or []:
         change = _change("{:+.1%}", *(r[f"ratio{end}"] - 1 for end in ENDS)) if "ratio" in r else ""
-        rows.append((f"perplexity, {r['corpus']}", r["value"], _span(r["low"], r["high"]), f"{r['tokens']} tokens", change))
+        of = f"{r['tokens']} tokens" + (f", {r['n']} articles" if "n" in r else "")
+        rows.append((f"perplexity, {r['corpus']}", r["value"], _span(r["low"], r["high"]), of, change))
     scores = [{"task": "cloze", "metric": "acc", **record["cloze"]}] if record.get("cloze") else []
     for r in [*scores, *(_zero_shot(row) for row in record.get("zero_shot") or [])]:
         paired = r.get("difference")
         change = _change("{:+.1f} points", *(100 * r[f"difference{end}"] for end in ENDS)) if paired is not None and paired == paired else ""
-        rows.append((f"{r['metric']}, {r['task']}", r["value"], _span(r["low"], r["high"]), f"{r['n']} items", change))
+        of = f"{len(r['right'])} items, {r['n']} articles" if r["task"] == "cloze" and "article" in r else f"{r['n']} items"
+        rows.append((f"{r['metric']}, {r['task']}", r["value"], _span(r["low"], r["high"]), of, change))
     timing = {(r["model"], r["batch"], r["measure"]): r for r in record.get("speed") or []}
     for (model, batch, measure), r in timing.items():
         other = timing.get(("against" if model == "this" else "this", batch, measure))
         faster = f"{r['value'] / other['value']:.2f} times" if other and model != "against" else ""
         name = {"this": "", "against": "the other's "}.get(model, f"{model}: ") + measure.replace("_", " ")
-        rows.append((f"{name}, batch {batch}", r["value"], _span(r["low"], r["high"]), "", faster))
+        of = f"quartiles of {r['n']} turns" if "n" in r else "quartiles"
+        rows.append((f"{name}, batch {batch}", r["value"], _span(r["low"], r["high"]), of, faster))
     rows += [(f"{part}, {name}", value, "", "", "") for part in ("size", "cost") for name, value in (record.get(part) or {}).items()]
     table = DataFrame(rows, columns=["measure", "value", "95 %", "of", "against the other"])
     return text_table(table.loc[:, (table != "").any()])
@@ -129,22 +133,24 @@ ENDS = ("", "_low", "_high")
 
 def _zero_shot(row: dict[str, Any]) -> dict[str, Any]:
     """The interval of the value and that of the difference apart, of which the row has the latter where something was compared."""
-    half = Z95 * row["stderr"]
-    return {**row, "difference_low": row["low"], "difference_high": row["high"], "low": row["value"] - half, "high": row["value"] + half}
+    right = round(row["value"] * row["n"])
+    own = statistics.proportion([1] * right + [0] * (row["n"] - right))
+    return {**row, "difference_low": row["low"], "difference_high": row["high"], "low": own.low, "high": own.high}
 
 
 def _span(low: float, high: float) -> str:
     return f"{show(float(low))} to {show(float(high))}"
 
 
-def changed(metric: str, value: float, low: float | None, high: float | None) -> str:
-    """A change as `versions.change` has it, with its interval where it has one."""
+def changed(metric: str, value: float, low: float | None, high: float | None, n: float | None = None) -> str:
+    """A change as `versions.change` has it, with its interval where it has one, and the units that this is over."""
     form, scale = ("{:+.1f} points", 100) if metric in versions.SHARES else ("{:+.1%}", 1)
-    return form.format(scale * value) if low is None or low != low else _change(form, scale * value, scale * low, scale * high)
+    return form.format(scale * value) if low is None or low != low else _change(form, scale * value, scale * low, scale * high, n)
 
 
-def _change(form: str, value: float, low: float, high: float) -> str:
-    return f"{form.format(value)} ({form.format(low)} to {form.format(high)})"
+def _change(form: str, value: float, low: float, high: float, n: float | None = None) -> str:
+    of = "" if n is None or n != n else f", n = {n:.0f}"
+    return f"{form.format(value)} ({form.format(low)} to {form.format(high)}{of})"
 
 
 def test_sets() -> str:

@@ -17,6 +17,7 @@ import pandas as pd
 
 from . import data
 from .config import ConfigError, RunConfig, one_of, require
+from .history import RENAMED
 from .versions import direction
 
 DEFAULT = Path("papermill_runs") / "alerts.toml"
@@ -33,12 +34,17 @@ class Metric(NamedTuple):
     test_sets: tuple[str, ...]
 
 
+ERRORS = Metric(0, math.inf, ("calibration", "extra", *data.NAMED))
+RATIOS = Metric(0, math.inf, data.NAMED)
 METRICS = {
     "perplexity": Metric(1, math.inf, (*data.NAMED, "self")),
     "accuracy": Metric(0, 1, ("cloze", *RunConfig.tasks, *(f"{task} (acc_norm)" for task in RunConfig.tasks))),
-    "nmse": Metric(0, math.inf, ("calibration", "extra", *data.NAMED)),
-    "mse": Metric(0, math.inf, ("calibration", "extra", *data.NAMED)),
-    "gap": Metric(0, math.inf, data.NAMED),
+    "nmse": ERRORS,
+    "mse": ERRORS,
+    "token_nmse": ERRORS,
+    "token_nmse_90": ERRORS,
+    "error ratio": RATIOS,
+    "token error ratio": RATIOS,
     "verdict": Metric(0, len(VERDICTS) - 1, ("",)),
     "sparsity": Metric(0, 1, ("",)),
     "data per parameter": Metric(0, math.inf, ("",)),
@@ -67,7 +73,7 @@ class Rule:
     name: str
     "Said in every alert."
     metric: str
-    "perplexity, accuracy, nmse, gap, verdict, seconds, … "
+    "perplexity, accuracy, nmse, token_nmse, error ratio, verdict, seconds, … "
     test_set: str = "*"
     "A name or a pattern such as boolq*; each test set that matches is judged by itself."
     against: str | None = None
@@ -94,6 +100,7 @@ class Rule:
             value = getattr(self, word)
             require(isinstance(value, str) and value.isprintable(), f"{self.where}: {word}", value, "one line of text")
         require(bool(self.name.strip()), f"{self.where}: name", self.name, "one line of text")
+        require(self.metric not in RENAMED, f"{self.where}: metric", self.metric, f"{RENAMED.get(self.metric)!r}, its new name")
         require(self.severity in SEVERITIES, f"{self.where}: severity", self.severity, one_of(SEVERITIES))
         require(self.direction in (None, *DIRECTIONS), f"{self.where}: direction", self.direction, one_of(DIRECTIONS))
         own = "" if self.metric == "speed" else better(self.metric, "")  # of speed, the test set decides

@@ -50,6 +50,7 @@ ROOMS = (
     "reconstruct",
     "runs",
     "selfgen",
+    "statistics",
     "streams",
     "testsets",
     "zeroshot",
@@ -93,6 +94,11 @@ class Run:
     def perplexity(self) -> pd.DataFrame:
         """corpus, value, low, high, n (independent units of the interval): one row a test corpus."""
         return pd.DataFrame(self.record["evaluation"]["perplexity"], columns=["corpus", "value", "low", "high", "n"])
+
+    @property
+    def final_errors(self) -> pd.DataFrame:
+        """The last block's errors by source: mse, nmse, token_nmse, token_nmse_90; NaN where an old record has none."""
+        return self.errors[self.errors.block == self.errors.block.max()].set_index("source").reindex(columns=list(Errors._fields))
 
     @property
     def final(self) -> pd.Series:
@@ -368,7 +374,7 @@ def _make_sets(config: RunConfig) -> None:
             _training_samples(config, model, tokenizer)
 
 
-def _test_sets(config: RunConfig, model: Any, tokenizer: Any) -> tuple[list[str], dict[str, torch.Tensor], tuple[torch.Tensor, torch.Tensor] | None]:
+def _test_sets(config: RunConfig, model: Any, tokenizer: Any) -> tuple[list[str], dict[str, torch.Tensor], tuple[Any, ...] | None]:
     """Corpora of the perplexity, the dense model's own test text by name, and the cloze set; made while the model is dense."""
     options = {"count": config.test_count, "length": config.test_length or config.length, "seed": config.draw}
     real = [corpus for corpus in config.test if corpus != SELF]
@@ -419,7 +425,9 @@ def _folder() -> Path:
 def _read(folder: Path, *, cached: bool = True) -> Run:
     record = json.loads((folder / "record.json").read_text(encoding="utf-8"))
     config = from_dict(RunConfig, {**record["config"], "tag": _tag(folder)})
-    errors = pd.read_csv(folder / "errors.csv", dtype=str).astype({"block": int, "mse": float, "nmse": float})  # from str: exact
+    errors = pd.read_csv(folder / "errors.csv", dtype=str)
+    errors = errors.reindex(columns=list(dict.fromkeys([*errors.columns, "token_nmse", "token_nmse_90"])))  # an old record has none
+    errors = errors.astype({"block": int, **dict.fromkeys(Errors._fields, float)})  # from str: exact
     training = pd.read_csv(folder / "training.csv", dtype=str).astype({"epoch": int, "loss": float})
     found = Run(record["id"], folder, config, record["metrics"], errors, training, record["notes"], record, cached)
     return priced(found, config.price_per_hour)
@@ -514,7 +522,7 @@ def changes(run: Run, against: Run) -> pd.DataFrame:
 
     Returns:
         set, measure ("perplexity": relative change; "accuracy" of cloze, "zero-shot" accuracy: difference), value, low, high,
-        lower_is_better.
+        lower_is_better, n (articles, texts or items, over which the interval is).
     """
     others = {(row["metric"], row["test_set"]): row for row in versions.measurements(against)}
     rows = []
@@ -522,11 +530,11 @@ def changes(run: Run, against: Run) -> pd.DataFrame:
         other = others.get((row["metric"], row["test_set"]))
         if other is None or row["metric"] not in ("perplexity", "accuracy") or row["test_set"].endswith(" (acc_norm)"):
             continue
-        value, low, high, paired = versions.change(row, other)
-        if paired:
+        found = versions.change(row, other)
+        if found.paired:
             measure = "zero-shot" if row["metric"] == "accuracy" and row["test_set"] != "cloze" else row["metric"]
-            rows.append((row["test_set"], measure, value, low, high, row["metric"] == "perplexity"))
-    return pd.DataFrame(rows, columns=["set", "measure", "value", "low", "high", "lower_is_better"])
+            rows.append((row["test_set"], measure, found.value, found.low, found.high, row["metric"] == "perplexity", found.n))
+    return pd.DataFrame(rows, columns=["set", "measure", "value", "low", "high", "lower_is_better", "n"])
 
 
 def recorded(id: str) -> Run | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,21 +17,21 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
-from . import assets, data, evaluation, selfgen
+from . import assets, data, evaluation, selfgen, statistics
 from .checkpoint import code_hash
-from .config import TEST_SEEDS, Z95, ConfigError, SelfGenConfig, require
+from .config import TEST_SEEDS, ConfigError, SelfGenConfig, require
 from .evaluation import ids_sum
 from .models import weights_sum
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-ROOMS = ("config", "data", "evaluation", "selfgen", "testsets")
+ROOMS = ("config", "data", "evaluation", "selfgen", "statistics", "testsets")
 "Sources that decide a set."
 LEAST = 500  # cloze items: fewer tell no two pruned models apart
 FIRST = 16  # samples in which blanks are looked for at first
 CHOICES = 4
-CLEAR = 0.15  # above chance, beyond the interval; below, the items say nothing about what pruning lost
+CLEAR = 0.15  # above chance, with the whole 95 % interval; below, the items say nothing about what pruning lost
 LETTERS = 4  # of a word that is blanked out
 MARKS = ("Ġ", "▁")  # of byte-level and of SentencePiece vocabularies: a space before a word
 
@@ -113,8 +114,20 @@ def cloze_items(tokenizer: PreTrainedTokenizerBase, samples: Tensor, *, count: i
     return torch.tensor(items)
 
 
-def cloze_set(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, samples: Tensor, name: str, *, count: int = LEAST, seed: int = 0) -> Tensor:
+def cloze_set(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    samples: Tensor,
+    name: str,
+    *,
+    count: int = LEAST,
+    seed: int = 0,
+    articles: Sequence[int] | None = None,
+) -> Tensor:
     """Cloze items in held-out `samples` that the dense `model` answers clearly above chance; made and judged once, then kept.
+
+    Args:
+        articles: the number of each sample's article, over which the interval is; None: each sample is one.
 
     Raises:
         ConfigError: too few blanks, or the dense model is not well above chance on them; the message has both figures.
@@ -125,29 +138,32 @@ def cloze_set(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sample
         if not file.is_file():
             items = cloze_items(tokenizer, samples, count=count, seed=seed)
             right = evaluation.cloze(model, samples, items)
-            value, error = float(right.double().mean()), evaluation.clustered_error(right, items[:, 0])
-            if value - Z95 * error < 1 / CHOICES + CLEAR:
+            found = statistics.proportion(right, [i if articles is None else articles[i] for i in items[:, 0].tolist()])
+            if found.low < 1 / CHOICES + CLEAR:
                 raise ConfigError(
-                    f"The dense model fills {value:.0%} of {len(items)} blanks in {name} right, where chance is {1 / CHOICES:.0%}: "
+                    f"The dense model fills {found.value:.0%} of {len(items)} blanks in {name} right (95 % interval over {found.n} articles: "
+                    f"{found.low:.0%} to {found.high:.0%}), where chance is {1 / CHOICES:.0%}: "
                     "the items would not show what pruning costs; take text in a language of the model, or longer samples."
                 )
-            said = f"dense model {value:.1%} right, chance {1 / CHOICES:.0%}"
+            said = f"dense model {found.value:.1%} right, chance {1 / CHOICES:.0%}"
             _describe(file, "cloze", f"{count} blanks in {name}", selfgen.called(model), seed, ids_sum(items), said)
             data.write_text(file, json.dumps(items.tolist()))
     return torch.tensor(json.loads(file.read_text(encoding="utf-8")))
 
 
-def cloze_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, corpus: str, *, length: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """(samples, items): `cloze_set` in as much of a corpus's test split as it takes.
+def cloze_of(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, corpus: str, *, length: int, seed: int = 0
+) -> tuple[Tensor, Tensor, list[int]]:
+    """(samples, items, number of each sample's article): `cloze_set` in as much of a corpus's test split as it takes.
 
     Raises:
         ConfigError: as `cloze_set`, or the whole split is too short.
     """
     count = FIRST
     while True:
-        samples = data.load_samples(corpus, tokenizer, count=count, length=length, split="test", seed=seed)
+        samples, articles = data.draw(corpus, tokenizer, count=count, length=length, split="test", seed=seed)
         try:
-            return samples, cloze_set(model, tokenizer, samples, f"{corpus} test", seed=seed)
+            return samples, cloze_set(model, tokenizer, samples, f"{corpus} test", seed=seed, articles=articles), articles
         except FewBlanks:
             if not any(_word(tokenizer, token) for token in samples.unique().tolist()):
                 raise  # more of it would not help

@@ -14,29 +14,31 @@ import subprocess
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
-import torch
 
-from . import evaluation, zeroshot
-from .config import Z95, to_dict
+from . import statistics
+from .config import to_dict
 from .history import Store
 
 ENDS = ("/low", "/high")
 BETTER = {
-    "perplexity": "lower", "nmse": "lower", "mse": "lower", "gap": "lower", "accuracy": "higher", "seconds": "lower", "memory": "lower",
-    "money": "lower", "joules": "lower", "gpu_hours": "lower",
+    "perplexity": "lower", "nmse": "lower", "mse": "lower", "token_nmse": "lower", "token_nmse_90": "lower", "error ratio": "lower",
+    "token error ratio": "lower", "accuracy": "higher", "seconds": "lower", "memory": "lower", "money": "lower", "joules": "lower",
+    "gpu_hours": "lower",
 }  # fmt: skip
 "Which way a metric is better; the others say nothing of the kind by themselves."
 UNITS = {
-    "perplexity": "", "nmse": "", "mse": "", "gap": "ratio", "accuracy": "share", "seconds": "s", "memory": "bytes", "joules": "J",
-    "gpu_hours": "h", "sparsity": "share",
+    "perplexity": "", "nmse": "", "mse": "", "token_nmse": "", "token_nmse_90": "", "error ratio": "ratio", "token error ratio": "ratio",
+    "accuracy": "share", "seconds": "s", "memory": "bytes", "joules": "J", "gpu_hours": "h", "sparsity": "share",
 }  # fmt: skip
 HARDWARE = ("seconds", "memory", "speed", "joules", "gpu_hours", "money")
 "Metrics that compare only on one class of hardware."
 SHARES = ("accuracy",)
 "Metrics whose change is a difference; others change by a share of what was there."
+RATIOS = {"error ratio": "nmse", "token error ratio": "token_nmse"}
+"Held-out over calibration error of the last block, and the error that it is a ratio of."
 
 
 def name_of(metric: str, test_set: str) -> str:
@@ -117,19 +119,23 @@ def measurements(run: Any) -> list[dict[str, Any]]:
         metric, test_set = split(name)
         row = {"metric": metric, "test_set": test_set, "value": value, "low": run.metrics.get(f"{name}/low"), "high": run.metrics.get(f"{name}/high")}
         rows[name] = {**row, "unit": UNITS.get(metric, ""), "direction": direction(metric, test_set)}
-    calibration = run.metrics.get("nmse/calibration")
-    for name, value in run.metrics.items():
-        source = name.removeprefix("nmse/")
-        if name.startswith("nmse/") and source not in ("calibration", "extra") and calibration:
-            rows[f"gap/{source}"] = {"metric": "gap", "test_set": source, "value": value / calibration, "unit": UNITS["gap"], "direction": "lower"}
+    for metric, error in RATIOS.items():
+        calibration = run.metrics.get(f"{error}/calibration")
+        for name, value in run.metrics.items():
+            kind, source = split(name)
+            if kind == error and source not in ("calibration", "extra") and calibration:
+                about = {"metric": metric, "test_set": source, "unit": UNITS[metric], "direction": "lower"}
+                rows[f"{metric}/{source}"] = {**about, "value": value / calibration}
     for row in run.record["evaluation"]["perplexity"]:
-        found = rows[f"perplexity/{row['corpus']}"]
-        half = (row["high"] - row["low"]) / 2 / Z95
-        found |= {"stderr": half, "n": len(row["nll"]), "sample": row["samples"], "items": json.dumps(row["nll"])}
+        articles = row.get("articles")  # an old record has none
+        stderr = row["value"] * statistics.standard_error(row["nll"], articles)  # of exp, by the delta method
+        items = {"nll": row["nll"], "article": articles}
+        about = {"stderr": stderr, "n": row.get("n", len(row["nll"])), "sample": row["samples"], "items": json.dumps(items)}
+        rows[f"perplexity/{row['corpus']}"] |= about
     if cloze := run.record["evaluation"].get("cloze"):
-        items = json.dumps({"right": cloze["right"], "sample": cloze["sample"]})
-        half = (cloze["high"] - cloze["low"]) / 2 / Z95
-        rows["accuracy/cloze"] |= {"stderr": half, "n": cloze["n"], "sample": cloze["items"], "items": items}
+        items = {"right": cloze["right"], "article": cloze.get("article", cloze["sample"])}
+        about = {"stderr": statistics.standard_error(*items.values()), "n": len(set(items["article"])), "sample": cloze["items"]}
+        rows["accuracy/cloze"] |= {**about, "items": json.dumps(items)}
     for row in run.record["evaluation"].get("zero_shot") or []:
         found = rows[f"accuracy/{row['task']}" + ("" if row["metric"] == "acc" else " (acc_norm)")]
         found |= {"stderr": row.get("stderr"), "n": row.get("n"), "sample": row.get("items")}
@@ -137,36 +143,57 @@ def measurements(run: Any) -> list[dict[str, Any]]:
     return list(rows.values())
 
 
-def change(own: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[float, float | None, float | None, bool]:
-    """How a measurement differs from another version's: (change, low, high, paired).
+class Change(NamedTuple):
+    """How a measurement differs from another version's."""
 
-    Accuracies change by a difference, others by a share of the other's value. The 95 % interval is paired where both answered the
-    same items (perplexity: bootstrap over sequences; cloze: clustered by text), else it comes from both standard errors; a measurement
-    without any, such as an error or a time, has none.
+    value: float
+    "A difference for accuracies, else a share of the other's value."
+    low: float | None
+    "Bounds of the 95 % interval; None where a measurement has no noise, such as an error or a time."
+    high: float | None
+    paired: bool
+    "Both answered the same items."
+    n: int | None = None
+    "Articles, texts or items that the interval is over, of the smaller set where they differ."
+
+
+def change(own: Mapping[str, Any], other: Mapping[str, Any]) -> Change:
+    """How a measurement differs from another version's, of two rows of `Store.measurements`.
+
+    The 95 % interval is paired where both answered the same items: `statistics.perplexity_ratio` over articles, `statistics.difference`
+    over items, of cloze over articles. Else it is Welch's from both standard errors, of perplexities on the scale of their logs.
+    It is about the two versions, each of one calibration draw.
     """
     if own.get("items") and other.get("items") and own.get("sample") and own["sample"] == other.get("sample"):
-        a, b = json.loads(own["items"]), json.loads(other["items"])
-        if own["metric"] == "perplexity":
-            value, low, high = evaluation.perplexity_ratio(torch.tensor(a), torch.tensor(b))
-            return value - 1, low - 1, high - 1, True
-        if isinstance(a, dict):
-            paired = torch.tensor(a["right"]) - torch.tensor(b["right"])
-            value, error = float(paired.double().mean()), evaluation.clustered_error(paired, torch.tensor(a["sample"]))
-            return value, value - Z95 * error, value + Z95 * error, True
-        table = zeroshot.compare({"": {"acc": a}}, {"": {"acc": b}})
-        return *map(float, table.loc[0, ["difference", "low", "high"]]), True
+        return _paired(own["metric"], *(json.loads(row["items"]) for row in (own, other)))
     value, reference = float(own["value"]), float(other["value"])
-    share = own["metric"] not in SHARES
-    found = (value - reference) / abs(reference) if share and reference else value - reference
-    errors = [_number(row.get("stderr")) for row in (own, other)]
-    if None in errors:
-        return found, None, None, False
-    half = Z95 * math.hypot(*errors) / (abs(reference) if share and reference else 1.0)
-    return found, found - half, found + half, False
+    scale = abs(reference) if own["metric"] not in SHARES and reference else 1.0
+    rows = [_measured(row) for row in (own, other)]
+    if not all(math.isfinite(row.stderr) or row.n == 1 for row in rows):
+        return Change((value - reference) / scale, None, None, False)
+    if own["metric"] == "perplexity":
+        found: statistics.Interval = statistics.welch_ratio(*rows)
+        return Change(found.value - 1, found.low - 1, found.high - 1, False, found.n or None)
+    found = statistics.welch(*rows)
+    return Change(found.value / scale, found.low / scale, found.high / scale, False, found.n or None)
 
 
-def _number(value: Any) -> float | None:
-    return None if value is None or value != value else float(value)
+def _paired(metric: str, own: Any, other: Any) -> Change:
+    """The change of items as `measurements` keeps them, or as it once did: without articles, or by sample."""
+    told = [row if isinstance(row, dict) else {} for row in (own, other)]
+    articles = next((a for row in told if (a := row.get("article", row.get("sample"))) is not None), None)
+    a, b = (row.get("nll", row.get("right")) if isinstance(row, dict) else row for row in (own, other))
+    if metric == "perplexity":
+        found: statistics.Interval = statistics.perplexity_ratio(a, b, articles)
+        return Change(found.value - 1, found.low - 1, found.high - 1, True, found.n)
+    found = statistics.difference(a, b, articles)
+    return Change(found.value, found.low, found.high, True, found.n)
+
+
+def _measured(row: Mapping[str, Any]) -> statistics.Measured:
+    """The summary of a row; its standard error is NaN where there is none."""
+    stderr, n = (math.nan if row.get(name) is None else float(row[name]) for name in ("stderr", "n"))
+    return statistics.Measured(float(row["value"]), stderr, None if math.isnan(n) else int(n))
 
 
 def columns(rows: pd.DataFrame, of: str = "value") -> pd.DataFrame:

@@ -21,8 +21,8 @@ import numpy as np
 import pandas as pd
 import torch
 
-from . import assets, data, likelihood
-from .config import Z95, ConfigError, one_of, require
+from . import assets, data, likelihood, statistics
+from .config import ConfigError, one_of, require
 from .models import weights_sum
 
 if TYPE_CHECKING:
@@ -69,8 +69,9 @@ def zero_shot(
 
     Returns:
         A row a task and metric: task, metric (acc, the length-unnormalised one that the paper reports, and acc_norm where the
-        task has it), value, stderr, n, difference (value − the other's, NaN without `against`), low and high: the paired
-        95 % interval of the difference, or of the value where nothing is compared; p: McNemar's exact test of the same items.
+        task has it), value, stderr, n (items), difference (value − the other's, NaN without `against`), low and high: the paired
+        95 % interval of the difference (`statistics.difference`), or Wilson's of the value where nothing is compared; p: McNemar's
+        exact test of the same items.
 
     Raises:
         ConfigError: an unknown task, `limit` below 1, or lm-eval is not installed.
@@ -84,14 +85,12 @@ def compare(own: Answers, others: Answers | None = None) -> pd.DataFrame:
     rows = []
     for task, metrics in own.items():
         for metric, given in metrics.items():
-            right = torch.tensor(given, dtype=torch.float64)
-            value, stderr = float(right.mean()), _standard_error(right)
-            centre, spread, difference, p = value, stderr, math.nan, math.nan
+            found, difference, p = statistics.proportion(given), math.nan, math.nan
+            value = found.value
             if others is not None:
-                other = torch.tensor(others[task][metric], dtype=torch.float64)
-                centre = difference = float((right - other).mean())
-                spread, p = _standard_error(right - other), mcnemar(right, other)
-            rows.append((task, metric, value, stderr, len(right), difference, centre - Z95 * spread, centre + Z95 * spread, p))
+                found = statistics.difference(given, others[task][metric])
+                difference, p = found.value, mcnemar(torch.tensor(given), torch.tensor(others[task][metric]))
+            rows.append((task, metric, value, statistics.standard_error(given), found.n, difference, found.low, found.high, p))
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
@@ -100,10 +99,6 @@ def mcnemar(first: torch.Tensor, second: torch.Tensor) -> float:
     won, lost = int((first > second).sum()), int((first < second).sum())
     tail = sum(math.comb(won + lost, k) for k in range(min(won, lost) + 1)) / 2 ** (won + lost)
     return min(1.0, 2 * tail)
-
-
-def _standard_error(values: torch.Tensor) -> float:
-    return float(values.std() / math.sqrt(len(values))) if len(values) > 1 else math.inf
 
 
 def answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[str], *, limit: int | None = None, seed: int = 0) -> Answers:

@@ -137,6 +137,96 @@ def test_all_windows_of_documents_stay_inside_a_document(documents: str, tokeniz
     assert rows[0] == "<01>" + "b" * 36 and all(len(set(row) - set("<>0123456789")) == 1 for row in rows)
 
 
+# Articles
+
+
+def test_crops_and_windows_of_documents_carry_their_documents_number(documents: str, tokenizer: Any) -> None:
+    for count, seed in ((20, 0), (7, 3), (None, 0)):
+        options = {"count": count, "length": 40, "seed": seed}
+        rows, articles = data.load_samples(documents, tokenizer, **options), data.load_articles(documents, tokenizer, **options)
+        assert [tokenizer.decode(row)[-1] for row in rows] == [chr(97 + i % 26) for i in articles] and not any(i % 3 == 0 for i in articles)
+        assert len(set(articles)) == len(articles) or count is None
+    assert articles == sorted(articles) and articles.count(1) == (4 + 60 + 1) // 40
+
+
+def by_hand(rows: torch.Tensor, texts: list[str], length: int, tokenizer: Any) -> list[int]:
+    """The text that holds the first byte of each row, which is found in the joined texts."""
+    whole, owners = "".join(texts), [i for i, text in enumerate(texts) for _ in text]
+    places = {whole[i : i + length]: i for i in range(0, len(whole) - length + 1, length)}
+    assert len(places) == len(whole) // length, "no window twice"
+    return [owners[places[tokenizer.decode(row)]] for row in rows]
+
+
+def test_windows_of_running_text_belong_to_the_article_of_their_first_token(tokenizer: Any, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is kept in the cache says the same."""
+    made = {f"module {i}": "".join(f"{i} {(97 * i + k) ** 5} " for k in range(1 + 3 * (i % 4))) for i in range(20)}
+    monkeypatch.setattr(data, "_pydocs", lambda: made)
+    texts = data._running_text("pydocs", "train")
+    for options in ({"count": None, "length": 16}, {"count": 9, "length": 16, "seed": 2}):
+        rows, articles = data.load_samples("pydocs", tokenizer, **options), data.load_articles("pydocs", tokenizer, **options)
+        assert articles == by_hand(rows, texts, 16, tokenizer) and len(set(articles)) > 3
+    monkeypatch.setattr(data, "_running_text", lambda *_: pytest.fail("tokenised again"))
+    assert data.load_articles("pydocs", tokenizer, **options) == articles
+
+
+WIKITEXT = [" \n", *(f" = Title {i} = \n \n It was {(i + 7) ** 7} . \n = = Part {(i + 3) ** 5} = = \n a = {i} \n \n" for i in range(12))]
+
+
+@pytest.mark.parametrize("piece", [100_000, 60])
+def test_titles_begin_the_articles_of_wikitext(piece: int, tokenizer: Any, mirror: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the pieces in which the text is tokenised; the blank line before the first title is its article's."""
+    add(mirror, "wikitext2/wiki.test.raw", "".join(WIKITEXT))
+    monkeypatch.setattr(data, "PIECE", piece)
+    options = {"length": 20, "split": "test", "count": None}
+    rows, articles = data.load_samples("wikitext2", tokenizer, **options), data.load_articles("wikitext2", tokenizer, **options)
+    assert articles == [max(0, i - 1) for i in by_hand(rows, WIKITEXT, 20, tokenizer)] and len(set(articles)) == 12
+    assert data.draw_reported("wikitext2", tokenizer, length=20).articles == articles
+
+
+def test_articles_are_found_where_tokens_hold_no_spaces(mirror: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    known = sorted({word for text in WIKITEXT for word in text.split()})
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(known)}, unk_token=known[0]))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    add(mirror, "wikitext2/wiki.test.raw", "".join(WIKITEXT))
+    words = [i - 1 for i, text in enumerate(WIKITEXT) for _ in text.split()]
+    options = {"count": None, "length": 4, "split": "test"}
+    found = data.load_articles("wikitext2", PreTrainedTokenizerFast(tokenizer_object=backend), **options)
+    assert found == words[: len(words) // 4 * 4 : 4]
+
+
+def test_documents_that_are_joined_stay_articles(mirror: Path, tokenizer: Any) -> None:
+    texts = [f"{i:02}" * (i % 5) for i in range(31)]  # some are empty, the last one, too
+    add(mirror, "c4/c4_validation.jsonl", "".join(json.dumps({"text": text}) + "\n" for text in texts))
+    joined = [f"{text} " for text in texts[:-1]] + texts[-1:]
+    owners = [i for i, text in enumerate(joined) for _ in text]
+    found = data.draw_reported("c4", tokenizer, length=5)
+    assert found.articles == owners[: len(owners) // 5 * 5 : 5] and torch.equal(found.samples, data.load_reported("c4", tokenizer, length=5))
+
+
+def test_without_documents_every_window_is_one(text: str, mirror: Path, tokenizer: Any) -> None:
+    class Slow:
+        """A tokenizer that does not say which characters a token holds."""
+
+        is_fast = False
+
+        def __call__(self, texts: list[str], **_: Any) -> dict[str, Any]:
+            return {"input_ids": [list(text.encode()) for text in texts]}
+
+        def __len__(self) -> int:
+            return 256
+
+    add(mirror, "ptb/ptb.test.txt", TEXT)
+    add(mirror, "wikitext2/wiki.test.raw", "".join(WIKITEXT))
+    for corpus, reader in ((text, tokenizer), ("ptb", tokenizer), ("wikitext2", Slow())):
+        every = data.load_articles(corpus, reader, count=None, length=20, split="test")
+        assert every == list(range(len(every)))
+        drawn = data.load_articles(corpus, reader, count=5, length=20, split="test")
+        assert len(set(drawn)) == 5 and drawn != sorted(drawn)
+
+
 def test_tokens_are_used_as_they_are(tmp_path: Path, tokenizer: Any) -> None:
     file = tmp_path / "self.jsonl"
     file.write_text('{"text": "other", "tokens": [5, 6, 7, 8]}\n\n{"text": "abcd"}\n{"text": "efgh", "tokens": 4}\n')

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import math
-import statistics
+import json
 
 import families
+import numpy as np
 import pytest
 import reference
 import torch
+from scipy import stats
 
-from reconkit import evaluation, models, pruning, zeroshot
+from reconkit import data, evaluation, models, pruning, zeroshot
 from reconkit.config import ConfigError, PruneConfig
 
 
@@ -46,30 +47,60 @@ def test_a_long_sequence_is_read_in_pieces(tiny: tuple, monkeypatch: pytest.Monk
         monkeypatch.undo()
 
 
-def test_interval_is_that_of_the_mean_over_sequences() -> None:
-    nll = torch.randn(400, generator=torch.Generator().manual_seed(0), dtype=torch.float64) / 4 + 3
-    low, high = evaluation.perplexity_interval(nll)
-    half = 1.959964 * float(nll.std()) / 20
-    assert (low, high) == pytest.approx((math.exp(float(nll.mean()) - half), math.exp(float(nll.mean()) + half)), rel=0.005)
-    assert evaluation.perplexity_interval(nll) == (low, high), "resamples are seeded"
-    assert evaluation.perplexity_interval(nll[:1]) == (0, math.inf), "one sequence says nothing about the spread"
+@pytest.mark.parametrize("count", [12, None])
+def test_the_interval_of_a_record_is_over_articles(count: int | None, tiny: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Student's t over the articles of the windows, each weighted by how many windows it has; the paired ratio likewise."""
+    made = {f"module {i}": " ".join(str((31 * i + k) ** 3) for k in range(60)) for i in range(20)}
+    monkeypatch.setattr(data, "_pydocs", lambda: made)
+    model, tokenizer = tiny
+    other = models.load_model("tiny")[0]
+    other.lm_head.weight.data *= 1.5
+    [row] = evaluation.evaluate(model, tokenizer, perplexity=["pydocs"], count=count, length=32, against=other)["perplexity"]
+    assert row["articles"] == data.load_articles("pydocs", tokenizer, count=count, length=32, split="test")
+    samples = data.load_samples("pydocs", tokenizer, count=count, length=32, split="test")
+    own, against = evaluation.sequence_nll(model, samples), evaluation.sequence_nll(other, samples)
+    assert row["nll"] == pytest.approx(own.tolist()) and row["n"] == len(set(row["articles"])) < len(samples)
+    for nll, names in ((own, ("value", "low", "high")), (own - against, ("ratio", "ratio_low", "ratio_high"))):
+        mean, error = float(nll.mean()), reference.clustered_error(nll.tolist(), row["articles"])
+        half = stats.t.ppf(0.975, row["n"] - 1) * error
+        assert [row[name] for name in names] == pytest.approx(np.exp([mean, mean - half, mean + half]).tolist(), rel=1e-4)
 
 
-def test_bootstrap_follows_the_skew_of_the_sequences() -> None:
-    low, high = evaluation.bootstrap(torch.tensor([1.0] * 15 + [9.0]))
-    assert low == 1 and high - 1.5 > 1.5 - low
+def test_texts_that_are_given_are_articles_and_one_alone_has_no_bounds(tiny: tuple) -> None:
+    texts = {"own": tokens(3), "single": tokens(1)}
+    own, single = evaluation.evaluate(*tiny, perplexity=(), texts=texts)["perplexity"]
+    assert own["articles"] == [0, 1, 2] and own["n"] == 3 and 0 < own["low"] < own["value"] < own["high"] < np.inf
+    assert (single["n"], single["low"], single["high"]) == (1, 0, np.inf)
 
 
-def test_a_paired_ratio_is_narrower_than_two_intervals() -> None:
-    nll = torch.linspace(2, 5, 20, dtype=torch.float64)
-    ratio, low, high = evaluation.perplexity_ratio(nll + 0.1, nll)
-    assert (ratio, low, high) == pytest.approx((math.exp(0.1),) * 3)
+@pytest.mark.parametrize("known", [True, False])
+def test_cloze_answers_of_one_article_belong_together(known: bool, tiny: tuple) -> None:
+    """The samples' articles where they are given, else the samples."""
+    model, tokenizer = tiny
+    other = models.load_model("tiny")[0]
+    other.lm_head.weight.data = other.lm_head.weight.data.flip(1)
+    samples, generator = tokens(6, 24), torch.Generator().manual_seed(1)
+    items = torch.stack([torch.arange(60) % 6, torch.randint(1, 24, (60,), generator=generator)], 1)
+    items = torch.cat([items, torch.randint(3, 200, (60, 4), generator=generator)], 1)
+    articles = [7, 7, 8, 8, 9, 9]
+    blanks = (samples, items, articles) if known else (samples, items)
+    found = evaluation.evaluate(model, tokenizer, perplexity=(), blanks=blanks, against=other)["cloze"]
+    clusters = [articles[i] if known else i for i in items[:, 0].tolist()]
+    right = evaluation.cloze(model, samples, items).int()
+    change = right - evaluation.cloze(other, samples, items).int()
+    assert found["article"] == clusters and found["sample"] == items[:, 0].tolist() and found["n"] == (3 if known else 6)
+    for values, names in ((right, ("value", "low", "high")), (change, ("difference", "difference_low", "difference_high"))):
+        mean = float(values.double().mean())
+        half = stats.t.ppf(0.975, found["n"] - 1) * reference.clustered_error(values.tolist(), clusters)
+        expected = [mean, mean - half, mean + half]
+        assert [found[name] for name in names] == pytest.approx(expected if names[0] == "difference" else np.clip(expected, 0, 1).tolist())
 
 
-def test_a_broken_model_has_an_infinite_perplexity() -> None:
-    nll = torch.tensor([10.0, 2000.0], dtype=torch.float64)
-    assert evaluation.perplexity_interval(nll) == (pytest.approx(math.exp(10)), math.inf)
-    assert evaluation.perplexity_ratio(nll, nll - 1000) == (math.inf,) * 3
+def test_a_broken_model_has_an_infinite_perplexity(tiny: tuple) -> None:
+    tiny[0].lm_head.weight.data *= 1e9
+    assert evaluation.perplexity(tiny[0], tokens()) == np.inf
+    [row] = evaluation.evaluate(*tiny, perplexity=(), texts={"any": tokens()})["perplexity"]
+    assert (row["value"], row["high"]) == (np.inf, np.inf) and json.loads(json.dumps(row))["n"] == 6
 
 
 def test_too_short_sequences_are_refused(tiny: tuple) -> None:
@@ -132,10 +163,3 @@ def test_the_packed_size_and_what_a_million_tokens_cost(tiny: tuple, monkeypatch
     monkeypatch.setattr(evaluation.packing, "unpack", lambda file: {})
     with pytest.raises(RuntimeError, match="came back changed"):
         evaluation.evaluate(model, tokenizer, perplexity=[], packed=True)
-
-
-def test_mean_interval_is_students() -> None:
-    mean, low, high = evaluation.mean_interval([1.0, 2.0, 4.0])
-    half = 4.302653 * statistics.stdev([1.0, 2.0, 4.0]) / 3**0.5
-    assert (mean, low, high) == pytest.approx((7 / 3, 7 / 3 - half, 7 / 3 + half), rel=1e-6)
-    assert evaluation.mean_interval([2.0]) == (2.0, -math.inf, math.inf)

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import reference
+from scipy import stats
 
 from reconkit import history, runs, versions
 from reconkit.config import PruneConfig, RunConfig
@@ -22,15 +23,20 @@ def run(**how: Any) -> runs.Run:
     return runs.run(RunConfig(**TINY, prune=PruneConfig(criterion="wanda", technique="LR", **how)))
 
 
-def test_rows_are_the_runs_metrics_and_its_gap() -> None:
+def test_rows_are_the_runs_metrics_and_its_error_ratios() -> None:
     found = run()
     rows = {versions.name_of(row["metric"], row["test_set"]): row for row in versions.measurements(found)}
     plain = {name: value for name, value in found.metrics.items() if not name.endswith(versions.ENDS)}
-    assert {name: row["value"] for name, row in rows.items() if row["metric"] != "gap"} == plain
-    assert rows["gap/pydocs"]["value"] == plain["nmse/pydocs"] / plain["nmse/calibration"] and "gap/calibration" not in rows
+    assert {name: row["value"] for name, row in rows.items() if "error ratio" not in name} == plain
+    for ratio, error in (("error ratio", "nmse"), ("token error ratio", "token_nmse")):
+        assert rows[f"{ratio}/pydocs"]["value"] == plain[f"{error}/pydocs"] / plain[f"{error}/calibration"] and f"{ratio}/calibration" not in rows
+        assert rows[f"{ratio}/pydocs"]["unit"] == "ratio"
+    for name in ("nmse", "mse", "token_nmse", "token_nmse_90", "error ratio", "token error ratio"):
+        assert rows[f"{name}/pydocs"]["direction"] == "lower"
     row, [told] = rows["perplexity/pydocs"], found.record["evaluation"]["perplexity"]
-    assert json.loads(row["items"]) == told["nll"] and row["n"] == 4 and row["sample"] == told["samples"] and row["direction"] == "lower"
-    assert (row["low"], row["high"]) == (told["low"], told["high"]) and row["stderr"] > 0
+    assert json.loads(row["items"]) == {"nll": told["nll"], "article": told["articles"]} and row["n"] == len(set(told["articles"]))
+    assert row["sample"] == told["samples"] and row["direction"] == "lower" and (row["low"], row["high"]) == (told["low"], told["high"])
+    assert row["stderr"] == pytest.approx(row["value"] * reference.clustered_error(told["nll"], told["articles"]))
     facts = versions.facts(found)
     assert facts["version"] == found.id and facts["technique"] == "LR" and json.loads(facts["settings"])["count"] == 8
     assert set(facts) <= set(history.FACTS) and all(set(row) <= set(history.MEASURED) for row in rows.values())
@@ -64,31 +70,57 @@ def accuracy(right: list[int], sample: str = "s", task: str = "boolq") -> dict[s
 def test_changes_are_paired_where_the_items_are_the_same() -> None:
     draw = np.random.default_rng(0)
     a, b = (list(draw.normal(3.0, 0.5, 20)) for _ in range(2))
-    change, low, high, paired = versions.change(perplexity(a), perplexity(b))
-    assert paired and change == pytest.approx(np.exp(np.mean(a)) / np.exp(np.mean(b)) - 1) and low < change < high
-    right, other = ([int(x) for x in draw.random(50) < p] for p in (0.7, 0.5))
-    change, low, high, paired = versions.change(accuracy(right), accuracy(other))
-    expected = reference.paired_difference(right, other)
-    assert paired and (change, low, high) == pytest.approx(expected)
-    same = versions.change(accuracy(right), accuracy(right))
-    assert same == (0.0, 0.0, 0.0, True)
+    found = versions.change(perplexity(a), perplexity(b))
+    ends = np.exp(stats.ttest_rel(a, b).confidence_interval()) - 1
+    assert found.paired and found.n == 20
+    assert found[:3] == pytest.approx((np.exp(np.mean(a)) / np.exp(np.mean(b)) - 1, *ends))
+    right, other = ([int(x) for x in draw.random(25) < p] for p in (0.7, 0.5))
+    found = versions.change(accuracy(right), accuracy(other))
+    assert found.paired and found[:3] == pytest.approx((np.mean(right) - np.mean(other), *stats.ttest_rel(right, other).confidence_interval()))
+    assert versions.change(accuracy(right), accuracy(right)) == (0.0, 0.0, 0.0, True, 25)
+    right, other = right * 8, other * 8
+    assert versions.change(accuracy(right), accuracy(other))[:3] == pytest.approx(reference.paired_difference(right, other), abs=0.01)
 
 
-def test_cloze_pairs_are_clustered_by_text() -> None:
-    a = {"right": [1, 1, 0, 1, 0, 0, 1, 1], "sample": [0, 0, 0, 1, 1, 2, 2, 3]}
-    b = {"right": [1, 0, 0, 0, 0, 1, 1, 0], "sample": [0, 0, 0, 1, 1, 2, 2, 3]}
+def test_perplexities_pair_over_articles_and_rows_of_old_records_over_windows() -> None:
+    a, b, article = [3.0, 3.1, 3.3, 2.9, 3.0], [2.9, 2.9, 3.2, 2.9, 2.8], [4, 4, 4, 5, 9]
+    rows = [{**perplexity(nll), "items": json.dumps({"nll": nll, "article": article})} for nll in (a, b)]
+    difference = np.subtract(a, b)
+    half = stats.t.ppf(0.975, 2) * reference.clustered_error(difference, article)
+    expected = (*(np.exp([difference.mean(), difference.mean() - half, difference.mean() + half]) - 1), True, 3)
+    assert versions.change(*rows) == pytest.approx(expected)
+    assert versions.change(rows[0], perplexity(b)) == versions.change(perplexity(a), rows[1]) == pytest.approx(expected), "one of them is older"
+    assert versions.change(perplexity(a), perplexity(b)).n == 5
+    one = [{**row, "items": json.dumps({"nll": nll, "article": [3] * 5})} for row, nll in zip(rows, (a, b), strict=True)]
+    assert versions.change(*one)[1:] == (-1, np.inf, True, 1), "one article has no bounds"
+
+
+@pytest.mark.parametrize("name", ["article", "sample"], ids=["new", "old"])
+def test_cloze_pairs_are_clustered_by_text(name: str) -> None:
+    a = {"right": [1, 1, 0, 1, 0, 0, 1, 1], name: [0, 0, 0, 1, 1, 2, 2, 3]}
+    b = {"right": [1, 0, 0, 0, 0, 1, 1, 0], name: [0, 0, 0, 1, 1, 2, 2, 3]}
     rows = [{"metric": "accuracy", "test_set": "cloze", "value": np.mean(x["right"]), "sample": "s", "items": json.dumps(x)} for x in (a, b)]
-    change, low, high, paired = versions.change(*rows)
-    assert paired and change == pytest.approx(2 / 8)
-    assert high - low == pytest.approx(2 * 1.96 * reference.clustered_error(np.subtract(a["right"], b["right"]), a["sample"]), rel=1e-3)
+    half = stats.t.ppf(0.975, 3) * reference.clustered_error(np.subtract(a["right"], b["right"]), a[name])
+    assert versions.change(*rows) == pytest.approx((2 / 8, 2 / 8 - half, 2 / 8 + half, True, 4))
 
 
-def test_other_items_are_compared_by_both_standard_errors_and_plain_figures_not_at_all() -> None:
-    change, low, high, paired = versions.change(perplexity([3.0, 3.2], "s", 1.0), perplexity([3.0, 3.1], "t", 2.0))
-    other = perplexity([3.0, 3.1])["value"]
-    assert not paired and high - low == pytest.approx(2 * 1.96 * 5**0.5 / other, rel=1e-3)
+def test_other_items_are_compared_by_welch_and_plain_figures_not_at_all() -> None:
+    draw = np.random.default_rng(0)
+    a, b = draw.normal(3.2, 0.3, 6), draw.normal(3.0, 0.5, 9)
+    rows = [
+        {**perplexity(list(nll), sample, float(np.exp(nll.mean()) * stats.sem(nll))), "n": len(nll)} for nll, sample in ((a, "s"), (b, "t"))
+    ]
+    low, high = stats.ttest_ind(a, b, equal_var=False).confidence_interval()
+    expected = np.exp([a.mean() - b.mean(), low, high]) - 1
+    assert versions.change(*rows) == pytest.approx((*expected, False, 6))
+    right, other = [int(x) for x in draw.random(20) < 0.7], [int(x) for x in draw.random(30) < 0.5]
+    rows = [{**accuracy(given, sample), "n": len(given)} for given, sample in ((right, "s"), (other, "t"))]
+    low, high = stats.ttest_ind(right, other, equal_var=False).confidence_interval()
+    assert versions.change(*rows) == pytest.approx((np.mean(right) - np.mean(other), low, high, False, 20))
+    single = {**rows[0], "stderr": None, "n": 1}
+    assert versions.change(single, rows[1])[1:] == (-np.inf, np.inf, False, 1) and versions.change({**single, "n": 2}, rows[1]).low is None
     error = {"metric": "nmse", "test_set": "calibration", "value": 0.3}
-    assert versions.change(error, {**error, "value": 0.2}) == (pytest.approx(0.5), None, None, False)
+    assert versions.change(error, {**error, "value": 0.2}) == (pytest.approx(0.5), None, None, False, None)
     assert versions.change(error, {**error, "value": 0.0})[0] == 0.3, "no share of nothing"
 
 
