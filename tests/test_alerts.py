@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-import torch
+import reference
+from scipy import stats
 
-from reconkit import alerts, evaluation, versions
+from reconkit import alerts, statistics, versions
 from reconkit.alerts import Rule, check, compare
-from reconkit.config import Z95, ConfigError
+from reconkit.config import ConfigError
 from reconkit.history import Store
 
 RULES = Path(__file__).parent.parent / "papermill_runs" / "alerts.toml"
@@ -76,7 +77,7 @@ FEWER = [1.0] * 60 + [0.0] * 40
         ({"perplexity/wiki": WORSE}, ["perplexity rose", "perplexity behind the best"]),
         ({"accuracy/boolq": FEWER}, ["accuracy fell", "accuracy far from dense"]),
         ({"nmse/calibration": 0.12}, ["reconstruction error rose"]),
-        ({"gap/news": 2.0}, ["gap grew"]),
+        ({"error ratio/news": 2.0}, ["error ratio grew"]),
         ({"verdict": "overfitting"}, ["overfitting", "overfitting is near"]),
         ({"verdict": "watch"}, ["overfitting is near"]),
         ({"sparsity/": 0.4}, ["less sparse"]),
@@ -96,7 +97,7 @@ def test_each_planted_regression_fires_its_rules_and_no_other(planted: dict[str,
         "accuracy/boolq": RIGHT,
         "nmse/calibration": 0.1,
         "nmse/news": 0.15,
-        "gap/news": 1.5,
+        "error ratio/news": 1.5,
         "sparsity/": 0.5,
         "seconds/prune": 100.0,
         "memory/rss": 1e9,
@@ -125,12 +126,13 @@ def test_an_improvement_fires_nothing() -> None:
 def test_what_a_paired_alert_says() -> None:
     frames = history({"perplexity/wiki": SAME, "tag": "good"}, {"parent": "v1", "perplexity/wiki": WORSE})
     row = check(frames, None, [rule("perplexity", against="parent", relative=0.02)]).fired[0]
-    ratio, low, high = evaluation.perplexity_ratio(torch.tensor(WORSE, dtype=torch.float64), torch.tensor(SAME, dtype=torch.float64))
+    ratio = math.exp(np.mean(np.subtract(WORSE, SAME)))
+    low, high = np.exp(stats.ttest_rel(WORSE, SAME).confidence_interval())
     assert (row["change"], row["low"], row["high"]) == pytest.approx((ratio - 1, low - 1, high - 1))
     assert (row["number"], row["version"], row["reference"], row["against"], row["limit"]) == (2, "v2", "v1", "parent", 0.02)
     assert row["value"] == pytest.approx(math.exp(np.mean(WORSE))) and row["reference_value"] == pytest.approx(math.exp(np.mean(SAME)))
     assert row["message"] == (
-        f"perplexity/wiki is {row['value']:.4g}, {ratio - 1:+.1%} ({low - 1:+.1%} to {high - 1:+.1%}) against the parent good "
+        f"perplexity/wiki is {row['value']:.4g}, {ratio - 1:+.1%} ({low - 1:+.1%} to {high - 1:+.1%}, n = 8) against the parent good "
         f"({row['reference_value']:.4g}); allowed is +2.0%."
     )
 
@@ -144,12 +146,11 @@ def test_exactly_what_is_allowed_does_not_fire() -> None:
 
 def test_compare_is_paired_on_the_same_items_only() -> None:
     own, other = measured("accuracy/a", FEWER), measured("accuracy/a", RIGHT)
-    difference = np.array(FEWER) - np.array(RIGHT)
-    half = Z95 * difference.std(ddof=1) / 10
-    assert compare(own, other) == pytest.approx((-0.2, -0.2 - half, -0.2 + half))
-    assert compare(own, other, relative=True) == pytest.approx((-0.25, (-0.2 - half) / 0.8, (-0.2 + half) / 0.8))
-    half = Z95 * math.hypot(own["stderr"], other["stderr"])
-    assert compare({**own, "sample": "others"}, other) == pytest.approx((-0.2, -0.2 - half, -0.2 + half))
+    paired = statistics.difference(FEWER, RIGHT)
+    assert compare(own, other) == pytest.approx((-0.2, paired.low, paired.high, True, 100))
+    assert compare(own, other, relative=True) == pytest.approx((-0.25, paired.low / 0.8, paired.high / 0.8, True, 100))
+    half = stats.t.ppf(0.975, 190) * math.hypot(own["stderr"], other["stderr"])
+    assert compare({**own, "sample": "others"}, other)[:3] == pytest.approx((-0.2, -0.2 - half, -0.2 + half), rel=1e-3)
     deterministic = compare(measured("nmse/a", 0.3), measured("nmse/a", 0.2))
     assert deterministic[0] == pytest.approx(0.1) and math.isnan(deterministic[1]) and math.isnan(deterministic[2])
 
@@ -157,8 +158,21 @@ def test_compare_is_paired_on_the_same_items_only() -> None:
 def test_cloze_items_of_one_text_belong_together() -> None:
     first, second, cluster = [1, 1, 0, 0, 1, 1, 0, 1], [1, 0, 0, 0, 0, 1, 0, 1], [0, 0, 0, 1, 1, 1, 2, 2]
     rows = [{**measured("accuracy/cloze", x), "items": json.dumps({"right": x, "sample": cluster})} for x in (first, second)]
-    error = evaluation.clustered_error(torch.tensor(first) - torch.tensor(second), torch.tensor(cluster))
-    assert compare(*rows) == pytest.approx((0.25, 0.25 - Z95 * error, 0.25 + Z95 * error))
+    half = stats.t.ppf(0.975, 2) * reference.clustered_error(np.subtract(first, second), cluster)
+    assert compare(*rows) == pytest.approx((0.25, 0.25 - half, 0.25 + half, True, 3))
+
+
+def test_an_alert_of_the_error_ratio_tells_that_of_the_token_nmse() -> None:
+    frames = history(
+        {"error ratio/a": 1.0, "token error ratio/a": 1.1},
+        {"error ratio/a": 3.0, "token error ratio/a": 1.25, "error ratio/b": 3.0, "token error ratio/c": 9.0, "nmse/a": 9.0},
+    )
+    messages = {
+        row["metric"] + row["test_set"]: row["message"] for row in check(frames, 2, [rule("error ratio", limit=2), rule("nmse", limit=2)]).fired
+    }
+    assert messages["error ratioa"] == "error ratio/a is 3; the worst that is allowed is 2. By token NMSE the ratio is 1.25."
+    assert messages["error ratiob"].endswith("allowed is 2.") and messages["nmsea"].endswith("allowed is 2.")
+    assert judged(frames, rule("token error ratio", limit=2), 2)[0] == ["token error ratio/c"]
 
 
 def test_a_single_item_says_nothing() -> None:
@@ -201,13 +215,14 @@ def test_a_change_within_its_noise_is_told() -> None:
         (0.39, 0.4, True),
         ({"value": 0.39, "low": 0.3, "high": 0.48, "stderr": 0.046}, 0.4, False),
         ({"value": 0.3, "stderr": 0.046}, 0.4, True),
+        ({"value": 0.3, "stderr": 0.046, "n": 4}, 0.4, False),
     ],
 )
 def test_a_limit_judges_the_value_itself(value: Any, limit: float, fires: bool) -> None:
     found = check(history({"accuracy/a": value}), None, [rule("accuracy", limit=limit)]).fired
     assert bool(found) == fires
     if fires and isinstance(value, dict):  # the change is from the limit, and so is its interval
-        assert [found[0][k] for k in ("change", "low", "high")] == pytest.approx([-0.1, -0.1 - Z95 * 0.046, -0.1 + Z95 * 0.046])
+        assert [found[0][k] for k in ("change", "low", "high")] == pytest.approx([-0.1, -0.1 - 1.959964 * 0.046, -0.1 + 1.959964 * 0.046])
 
 
 def test_verdicts_are_measurements() -> None:
@@ -277,7 +292,10 @@ def test_references_answered_the_same_items_where_they_can() -> None:
     rows = [{"value": v, "stderr": 0.1, "n": 9, "sample": s} for v, s in ((20.0, "a"), (25.0, "b"), (25.0, "c"))]
     other = history({**DENSE, "perplexity/a": rows[0]}, {"perplexity/a": rows[1]}, {"perplexity/a": {**rows[2], "stderr": None}})
     alert = check(other, 2, [by_dense]).fired[0]
-    assert alert["message"].endswith("They answered different items.") and alert["low"] == pytest.approx((5 - Z95 * math.hypot(0.1, 0.1)) / 20)
+    assert alert["message"].endswith("They answered different items.")
+    errors = 0.1 / 25, 0.1 / 20
+    half = stats.t.ppf(0.975, 8 * (errors[0] ** 2 + errors[1] ** 2) ** 2 / (errors[0] ** 4 + errors[1] ** 4)) * math.hypot(*errors)
+    assert alert["low"] == pytest.approx(25 / 20 * math.exp(-half) - 1)
 
 
 def test_a_version_that_was_measured_twice_counts_as_last_measured() -> None:
@@ -319,8 +337,8 @@ def test_a_version_that_nobody_knows() -> None:
 
 
 def fired() -> alerts.Report:
-    frames = history({"nmse/x": 0.1, "tag": "v:1"}, {"nmse/x": 0.3, "gap/x": math.nan, "parent": "v1"})
-    rules = [Rule("a: 10 %, or more", "gap", limit=2, severity="warning"), Rule("b", "nmse", against="parent", relative=0.1)]
+    frames = history({"nmse/x": 0.1, "tag": "v:1"}, {"nmse/x": 0.3, "error ratio/x": math.nan, "parent": "v1"})
+    rules = [Rule("a: 10 %, or more", "error ratio", limit=2, severity="warning"), Rule("b", "nmse", against="parent", relative=0.1)]
     return check(frames, None, rules)
 
 
@@ -328,11 +346,11 @@ def test_errors_come_first_and_are_annotated() -> None:
     assert alerts.describe(fired()).splitlines() == [
         "Version v2 (number 2): 1 error, 1 warning; 0 passed, 0 skipped.",
         "error    b: nmse/x is 0.3, +200.0% against the parent v:1 (0.1); allowed is +10.0%.",
-        "warning  a: 10 %, or more: gap/x is not a number.",
+        "warning  a: 10 %, or more: error ratio/x is not a number.",
     ]
     assert alerts.annotations(fired()).splitlines() == [
         "::error title=reconkit%3A b::v2: nmse/x is 0.3, +200.0%25 against the parent v:1 (0.1); allowed is +10.0%25.",
-        "::warning title=reconkit%3A a%3A 10 %25%2C or more::v2: gap/x is not a number.",
+        "::warning title=reconkit%3A a%3A 10 %25%2C or more::v2: error ratio/x is not a number.",
     ]
 
 

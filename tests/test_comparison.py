@@ -55,9 +55,15 @@ def test_two_versions_of_real_runs(tmp_path: Path, capsys: pytest.CaptureFixture
         assert (found["change"], found["low"], found["high"], found["paired"]) == (*(expected[k] for k in ("value", "low", "high")), True)
     table = comparison.table([two], one)
     assert set(table[table.kind == "nmse"].set) == {"calibration", "pydocs"} and table[table.kind == "nmse"].said.eq("better").all()
+    for kind in ("token_nmse", "token_nmse_90"):
+        part = table[table.kind == kind].set_index("set")
+        errors = [run.final_errors[kind] for run in (one, two)]
+        assert part.change.to_dict() == pytest.approx((errors[1] / errors[0] - 1).to_dict()) and part.n.isna().all() and part.low.isna().all()
+    articles = one.record["evaluation"]["perplexity"][0]["articles"]
+    assert table[table.kind == "perplexity"].n.tolist() == [len(set(articles))]
     assert len(comparison.generations(dense, two)) == 4 and all(f.at is None for f in comparison.generations(dense, dense))
     axes = plots.differences(comparison.table([one, two], one))
-    assert [ax.get_xlabel().split(",")[0] for ax in axes] == ["perplexity", "final NMSE"]
+    assert [ax.get_xlabel().split(",")[0] for ax in axes] == ["perplexity", "final NMSE", "final token NMSE (median)"]
     assert [line.get_label() for line in comparison.overlay([one, two]).get_lines()[:2]]
     assert comparison.notes(comparison.table([one], dense), [one], dense) == []
     assert main(["runs", "compare", "dense", "one", "two", "--out", str(tmp_path / "page.html")]) == 0

@@ -37,7 +37,7 @@ def add(store: history.Store, name: str, number: int, perplexity: float, **facts
         {"metric": "accuracy", "test_set": "boolq", "value": 0.5, "stderr": 0.05, "n": 100},
         {"metric": "seconds", "test_set": "prune", "value": 10.0 + number},
         {"metric": "memory", "test_set": "gpu", "value": 0.0},
-        {"metric": "gap", "test_set": "news", "value": float("nan")},
+        {"metric": "error ratio", "test_set": "news", "value": float("nan")},
     ]  # fmt: skip
     blocks = pd.DataFrame({"block": [0, 1, 2], "source": "calibration", "nmse": [0.01, 0.05, 0.1]})
     return store.append({**told, **facts}, rows, blocks)
@@ -92,7 +92,7 @@ def test_the_page_shows_the_stores_numbers_and_needs_no_network(store: history.S
         assert value in page.cells, value
     assert "nan" not in page.cells and "None" not in page.cells
     titles = re.findall("<h2>(.*?)</h2>", text)
-    assert "Perplexity" in titles and "Overfitting gap" not in " ".join(titles), "nothing is drawn that has no number"
+    assert "Perplexity" in titles and "Error ratio" not in " ".join(titles), "nothing is drawn that has no number"
     assert "Peak memory, in bytes" not in titles, "a GPU that is not there has no memory"
     charts = [title for title in titles if title not in ("Alerts", "Versions", "Where they were made", "ccc beside others")]
     drawn = dict(zip(charts, figures(text), strict=True))
@@ -106,7 +106,9 @@ def test_the_newest_stands_beside_its_parent_and_the_dense_model(store: history.
     table = dashboard._beside(store.versions().assign(parent=[None, "aaa", "good"]), store.measurements()).set_index("measurement")
     assert list(table.columns) == ["value", "against its parent (good)", "against dense (aaa)"]
     assert table.loc["perplexity/wiki", "against its parent (good)"].startswith("-11.6% (")
-    assert table.loc["accuracy/boolq", "against dense (aaa)"].startswith("+0.0 points (") and table.loc["gap/news", "against dense (aaa)"] == ""
+    assert (
+        table.loc["accuracy/boolq", "against dense (aaa)"].startswith("+0.0 points (") and table.loc["error ratio/news", "against dense (aaa)"] == ""
+    )
     assert table.loc["seconds/prune", "against its parent (good)"] == "+8.3%"
     add(store, "ddd", 4, 30.0, parent="ccc", hardware="another")
     text = dashboard.page(store)
@@ -211,7 +213,7 @@ def test_a_thousand_versions(tmp_path: Path, tried: Callable[..., dict[str, Any]
             sets = ("wiki", "news", "pydocs", "self", "c4", "ptb", "a", "b", "c", "d")
             rows = [
                 {"metric": metric, "test_set": name, "value": draw.random(), "low": 0.0, "high": 1.0}
-                for metric in ("perplexity", "accuracy", "nmse", "gap", "seconds") for name in sets
+                for metric in ("perplexity", "accuracy", "nmse", "error ratio", "seconds") for name in sets
             ]  # fmt: skip
             told = {"version": f"v{i}", "created": "2026-01-01T00:00:00Z", "model": "tiny", "technique": ("LR", "BR")[i % 2]}
             store.append({**told, "environment": ENVIRONMENT}, rows, pd.DataFrame({"block": range(30), "source": "calibration", "nmse": 0.1}))

@@ -69,6 +69,20 @@ def test_what_is_added_is_read_back(file: Path) -> None:
         assert list(table.model[:1]) == ["tiny"] and table.model[1:].isna().all() and list(table.value) == [25.5, 1.0, 2.0]
 
 
+def test_rows_of_the_gap_are_read_as_error_ratios(file: Path) -> None:
+    old = [{"metric": "gap", "test_set": "news", "value": 1.5}, {"metric": "nmse", "test_set": "news", "value": 0.3}]
+    alert = {"number": 1, "rule": "gap grew", "metric": "gap", "test_set": "news", "message": "gap/news is 1.5."}
+    with history.Store(file) as store:
+        store.append(facts("a"), old)
+        store.append(facts("b"), [{**old[0], "metric": "error ratio", "value": 2.0}])
+        store.add_alerts([alert])
+        assert store.measurements().metric.tolist() == ["error ratio", "nmse", "error ratio"]
+        assert store.measurements(metric="error ratio").value.tolist() == [1.5, 2.0] and store.measurements(metric="nmse").value.tolist() == [0.3]
+        assert store.alerts().metric.tolist() == ["error ratio"] and set(history.joined(store).metric) == {"error ratio", "nmse"}
+        assert store.base.execute("SELECT metric FROM measurements WHERE id = 1").fetchone() == ("gap",), "what was written stays"
+    assert set(history.salvage(file)["measurements"].metric) == {"error ratio", "nmse"}
+
+
 def test_rows_are_only_ever_added(file: Path) -> None:
     with history.Store(file) as store:
         store.append(facts("a"), rows(1.0))

@@ -21,7 +21,7 @@ def tiny() -> Any:
 def test_every_model_batch_and_measure_has_a_row_with_its_spread(tiny: Any) -> None:
     table = latency({"dense": tiny, "pruned": tiny}, batch_sizes=(1, 3), length=8, tokens=4, repeats=3)
     assert len(table) == 2 * 2 * 3 and set(table.measure) == {"first_token_seconds", "prefill_tokens_per_second", "decode_tokens_per_second"}
-    assert (table.low <= table.value).all() and (table.value <= table.high).all() and (table.value > 0).all()
+    assert (table.low <= table.value).all() and (table.value <= table.high).all() and (table.value > 0).all() and (table.n == 3).all()
 
 
 def test_the_prompt_is_subtracted_as_generation_reads_it(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:

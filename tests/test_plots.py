@@ -73,6 +73,36 @@ def test_panels_share_their_scale_and_keep_the_fields_order() -> None:
     assert [ax.get_title(loc="left") for ax in axes] == ["magnitude", "Wanda"] and axes[0].get_ylim() == axes[1].get_ylim()
 
 
+@pytest.mark.parametrize(
+    ("y", "label"),
+    [
+        ("nmse", "NMSE (share"), ("mse", "MSE (mean"), ("token_nmse", "Token NMSE, median over tokens"),
+        ("token_nmse_90", "Token NMSE, 90th percentile over tokens"),
+    ],
+)  # fmt: skip
+def test_each_error_by_block_is_named_and_what_was_not_measured_is_left_out(y: str, label: str) -> None:
+    rows = [(s, b, 0.1 * (b + 1) if s == "wiki" or b else float("nan")) for s in ("calibration", "wiki") for b in range(3)]
+    ax = plots.error_by_block(pd.DataFrame(rows, columns=["source", "block", y]), y=y)
+    assert ax.get_ylabel().startswith(label)
+    assert [line.get_xdata().tolist() for line in ax.lines] == [[1, 2], [0, 1, 2]]
+
+
+@pytest.mark.filterwarnings("error")
+def test_intervals_without_bounds_are_no_bars(tmp_path: Path) -> None:
+    """Those of one unit; their points are drawn, and the other bars."""
+    infinite = {"value": [1.2, 1.1], "low": [-np.inf, 1.0], "high": [np.inf, 1.3]}
+    drawn = [
+        plots.changes(pd.DataFrame({"set": ["wiki", "news"], "of": "all", **infinite}), "of"),
+        plots.perplexity(pd.DataFrame({"corpus": "wiki", "technique": ["LR", "BR"], "of": "all", **infinite}), "of", "technique")[0],
+        plots.scores(pd.DataFrame({"task": ["boolq", "rte"], "chance": 0.5, **infinite})),
+    ]
+    for i, ax in enumerate(drawn):
+        plots.save(ax, str(i), pd.DataFrame(infinite), tmp_path)
+        bars = [segment for segment in ax.containers[0].lines[2][0].get_segments() if len(segment) and np.isfinite(segment).all()]
+        assert len(bars) == 1 and bars[0][:, 0] == pytest.approx([1.0, 1.3])
+        assert ax.containers[0].lines[0].get_xdata().tolist() == [1.2, 1.1] and np.isfinite(ax.get_xlim()).all()
+
+
 def test_training_curves_start_at_one() -> None:
     rows = [(w, e, s, (2.0 if w == "0" else 5.0) * 0.8**e) for w in ("0", "1+2") for e in range(4) for s in ("calibration", "wiki")]
     axes = plots.training_curves(pd.DataFrame(rows, columns=["window", "epoch", "source", "loss"]), ["0", "1+2"])
@@ -153,11 +183,11 @@ def test_distributions_rise_to_one() -> None:
 
 
 def test_scores_stand_beside_chance() -> None:
-    data = pd.DataFrame({"task": ["boolq", "rte"], "value": [0.6, 0.5], "low": [0.502, 0.304], "high": [0.698, 0.696], "n": [90, 8], "chance": 0.5})
+    data = pd.DataFrame({"task": ["boolq", "rte"], "value": [0.6, 0.5], "low": [0.5, 0.3], "high": [0.65, 0.7], "n": [90, 8], "chance": 0.5})
     ax = plots.scores(data)
     assert [t.get_text() for t in ax.get_yticklabels()] == ["boolq (n = 90)", "rte (n = 8)"] and ax.lines[-1].get_xdata().tolist() == [0.5, 0.5]
     [bars] = ax.containers
-    assert np.allclose([s[:, 0] for s in bars.lines[2][0].get_segments()], [[0.502, 0.698], [0.304, 0.696]])
+    assert np.allclose([s[:, 0] for s in bars.lines[2][0].get_segments()], [[0.5, 0.65], [0.3, 0.7]])
     assert not plots.scores(data[:0]).get_yticklabels(), "nothing was asked"
 
 

@@ -83,23 +83,43 @@ def test_a_run_and_a_result_are_described_in_full() -> None:
 
 
 def test_an_evaluation_is_one_table_with_intervals_and_changes() -> None:
-    perplexity = {"corpus": "wiki", "tokens": 8160, "value": 26.5, "low": 25.0, "high": 28.0, "ratio": 1.25, "ratio_low": 1.2, "ratio_high": 1.3}
+    perplexity = {
+        "corpus": "wiki",
+        "tokens": 8160,
+        "value": 26.5,
+        "low": 25.0,
+        "high": 28.0,
+        "n": 7,
+        "ratio": 1.25,
+        "ratio_low": 1.2,
+        "ratio_high": 1.3,
+    }
     score = {"task": "boolq", "metric": "acc", "value": 0.5, "stderr": 0.05, "n": 100, "difference": -0.02, "low": -0.07, "high": 0.03}
-    cloze = {"value": 0.4, "low": 0.35, "high": 0.45, "n": 500, "difference": -0.1, "difference_low": -0.12, "difference_high": -0.08}
+    cloze = {
+        "value": 0.4,
+        "low": 0.35,
+        "high": 0.45,
+        "n": 12,
+        "right": [0] * 500,
+        "article": [0] * 500,
+        "difference": -0.1,
+        "difference_low": -0.12,
+        "difference_high": -0.08,
+    }
     rate = {"batch": 1, "measure": "decode_tokens_per_second"}
-    speed = [{"model": m, **rate, "value": v, "low": v, "high": v} for m, v in (("this", 30.0), ("against", 20.0))]
+    speed = [{"model": m, **rate, "value": v, "low": v, "high": v, "n": 5} for m, v in (("this", 30.0), ("against", 20.0))]
     said = report.evaluation({"perplexity": [perplexity], "zero_shot": [score], "cloze": cloze, "speed": speed, "size": {}, "cost": {"money": 2.5}})
     lines = [" ".join(line.split()) for line in said.splitlines()]
     assert lines[1:] == [
-        "perplexity, wiki 26.5 25 to 28 8160 tokens +25.0% (+20.0% to +30.0%)",
-        "acc, cloze 0.4 0.35 to 0.45 500 items -10.0 points (-12.0 points to -8.0 points)",
-        "acc, boolq 0.5 0.402 to 0.598 100 items -2.0 points (-7.0 points to +3.0 points)",
-        "decode tokens per second, batch 1 30 30 to 30 1.50 times",
-        "the other's decode tokens per second, batch 1 20 20 to 20",
+        "perplexity, wiki 26.5 25 to 28 8160 tokens, 7 articles +25.0% (+20.0% to +30.0%)",
+        "acc, cloze 0.4 0.35 to 0.45 500 items, 12 articles -10.0 points (-12.0 points to -8.0 points)",
+        "acc, boolq 0.5 0.4038 to 0.5962 100 items -2.0 points (-7.0 points to +3.0 points)",
+        "decode tokens per second, batch 1 30 30 to 30 quartiles of 5 turns 1.50 times",
+        "the other's decode tokens per second, batch 1 20 20 to 20 quartiles of 5 turns",
         "cost, money 2.5",
     ]
     alone = report.evaluation({"perplexity": [], "zero_shot": [{**score, "difference": float("nan")}]})
-    assert "0.402 to 0.598" in alone and "points" not in alone and "against" not in alone
+    assert "0.4038 to 0.5962" in alone and "points" not in alone and "against" not in alone
 
 
 def test_an_evaluation_record_is_shown_without_its_per_sequence_values() -> None:

@@ -26,6 +26,7 @@ from reconkit.config import ConfigError
         ("{name = 'a', metric = 'nmse', limit = 1, limits = 2}", "the key is 'limits'; it must be one of name, metric, test_set, against"),
         ("{name = 'a', metric = 'nmse', limit = 1, source = 'x'}", "the key is 'source'"),
         ("{name = 'a', metric = 'perplexty', limit = 1}", "metric is 'perplexty'; it must be one of accuracy, "),
+        ("{name = 'a', metric = 'gap', limit = 2}", "rule 'a': metric is 'gap'; it must be 'error ratio', its new name."),
         ("{name = 'a', metric = 'perplexity', test_set = 'wikki', limit = 9}", "test_set is 'wikki'; it must be one of mine.txt, wiki"),
         ("{name = 'a', metric = 'sparsity', test_set = 'x', limit = 0.1, direction = 'higher'}", "test_set is 'x'; it must be left out"),
         ("{name = 'a', metric = 'perplexity'}", "what it allows is 'missing'; it must be limit alone, or relative or absolute"),
@@ -57,7 +58,10 @@ from reconkit.config import ConfigError
         ("{name = 'a', metric = 'speed', test_set = 'first*', limit = 1, direction = 'higher'}", "direction is 'higher'; it must be lower"),
         ("{name = 'a', metric = 'sparsity', against = 'parent', absolute = 0.1}", "direction is 'missing'; it must be one of lower, higher"),
         ("{name = 'a', metric = 'mine', limit = 0.1}", "direction is 'missing'"),
-        ("{name = 'a', metric = 'nmse', limit = 1}, {name = 'a', metric = 'gap', limit = 2}", "name is 'a'; it must be given to one rule only"),
+        (
+            "{name = 'a', metric = 'nmse', limit = 1}, {name = 'a', metric = 'error ratio', limit = 2}",
+            "name is 'a'; it must be given to one rule only",
+        ),
     ],
 )
 def test_bad_rules_are_refused_by_name(text: str, says: str, tmp_path: Path) -> None:

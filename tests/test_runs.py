@@ -44,7 +44,10 @@ def test_the_second_time_costs_nothing_and_says_the_same(monkeypatch: pytest.Mon
     assert (first.cached, second.cached) == (False, True)
     assert second.metrics == first.metrics and second.errors.equals(first.errors) and second.training.equals(first.training)
     assert second.config == config() and second.id == runs.fingerprint(config())
-    assert list(first.errors.columns) == ["block", "source", "mse", "nmse", "token_nmse", "token_nmse_90"] and set(first.errors.source) == {"calibration", "pydocs"}
+    assert list(first.errors.columns) == ["block", "source", "mse", "nmse", "token_nmse", "token_nmse_90"] and set(first.errors.source) == {
+        "calibration",
+        "pydocs",
+    }
     assert first.training.window.tolist()[0] == "0" and first.metrics["sparsity"] == 0.5
     assert {"perplexity/pydocs", "perplexity/pydocs/low", "nmse/pydocs", "mse/calibration", "seconds/prune", "memory/rss", "size/parameters"} <= set(
         first.metrics
@@ -111,6 +114,19 @@ def test_sources_of_deciding_rooms_are_hashed_and_others_are_not() -> None:
     rooms = {p.stem for p in Path(runs.__file__).parent.glob("*.py")}
     assert set(runs.ROOMS) < rooms
     assert not set(runs.ROOMS) & {"plots", "report", "cli", "suite", "progress", "cost"}
+
+
+def test_the_last_blocks_errors_and_an_old_record_without_token_nmse() -> None:
+    found = runs.run(config())
+    last = found.errors[found.errors.block == found.errors.block.max()].set_index("source")
+    assert list(found.final_errors.columns) == ["mse", "nmse", "token_nmse", "token_nmse_90"]
+    assert found.final_errors.equals(last[["mse", "nmse", "token_nmse", "token_nmse_90"]]) and found.final_errors.nmse.equals(found.final)
+    assert found.final_errors.token_nmse.to_dict() == {s: found.metrics[f"token_nmse/{s}"] for s in last.index}
+    file = found.folder / "errors.csv"
+    pd.read_csv(file, dtype=str)[["block", "source", "mse", "nmse"]].to_csv(file, index=False)
+    old = runs.recorded(found.id)
+    assert old.final.equals(found.final) and old.final_errors[["token_nmse", "token_nmse_90"]].isna().all(axis=None)
+    assert "by token NMSE" in runs.verdict(found)[1][0] and "by token NMSE" not in runs.verdict(old)[1][0]
 
 
 def test_a_dense_run_has_no_errors_and_no_zeros() -> None:
@@ -412,7 +428,7 @@ def test_changes_pair_the_same_items_of_zero_shot_tasks_only() -> None:
 
     dense, pruned = answered([1, 1, 0, 1], "a"), answered([1, 0, 0, 0], "a")
     [row] = runs.changes(pruned, dense).to_dict("records")
-    half = 1.959964 * (1 / 3) ** 0.5 / 2
+    half = 3.182446 * (1 / 3) ** 0.5 / 2  # Student, 3 degrees of freedom
     assert (row["set"], row["measure"], row["lower_is_better"]) == ("rte", "zero-shot", False)
     assert (row["value"], row["low"], row["high"]) == pytest.approx((-0.5, -0.5 - half, -0.5 + half))
     for other in (answered([1, 0], "b"), answered([1, 0, 0, 0], "a", "acc_norm")):

@@ -85,14 +85,6 @@ def test_what_perplexity_and_cloze_both_read_is_read_once(tiny: tuple, shared: i
     assert other["cloze"]["right"] == right.int().tolist()
 
 
-def test_the_error_of_clustered_answers() -> None:
-    right = torch.tensor([1, 1, 0, 0, 1, 0, 1, 0]).bool()
-    alone = evaluation.clustered_error(right, torch.arange(8))
-    assert alone == pytest.approx(float(right.double().std() / 8**0.5))
-    together = evaluation.clustered_error(torch.tensor([1, 1, 1, 1, 0, 0, 0, 0]).bool(), torch.tensor([0, 0, 0, 0, 1, 1, 1, 1]))
-    assert together > 2 * alone, "eight answers of two texts are two observations"
-
-
 def judged(tiny: tuple, monkeypatch: pytest.MonkeyPatch, share: float) -> Any:
     """A cloze set on which the model is right in `share` of the items."""
 
@@ -104,7 +96,7 @@ def judged(tiny: tuple, monkeypatch: pytest.MonkeyPatch, share: float) -> Any:
 
 
 def test_a_set_that_the_dense_model_cannot_answer_is_refused(tiny: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConfigError, match=r"fills 30% of 500 blanks in made test right, where chance is 25%"):
+    with pytest.raises(ConfigError, match=r"fills 30% of 500 blanks in made test right \(95 % interval over 60 articles.* where chance is 25%"):
         judged(tiny, monkeypatch, 0.3)
     assert testsets.listed() == []
 
@@ -135,10 +127,10 @@ def test_own_text_is_made_once_and_test_text_is_never_calibration_text(tiny: tup
 
 def test_a_corpus_gives_as_many_samples_as_the_blanks_take(tiny: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
-    monkeypatch.setattr(testsets.data, "load_samples", lambda *_, count, **__: asked.append(count) or text(count))
+    monkeypatch.setattr(testsets.data, "draw", lambda *_, count, **__: asked.append(count) or (text(count), [i // 2 for i in range(count)]))
     monkeypatch.setattr(evaluation, "cloze", lambda model, samples, items, **_: torch.ones(len(items), dtype=torch.bool))
-    samples, items = testsets.cloze_of(tiny[0], WORDS, "made", length=40)
-    assert asked == [16, 20, 24, 28, 32] and len(samples) == 32 and len(items) == 500
+    samples, items, articles = testsets.cloze_of(tiny[0], WORDS, "made", length=40)
+    assert asked == [16, 20, 24, 28, 32] and len(samples) == 32 and len(items) == 500 and articles == [i // 2 for i in range(32)]
     asked.clear()
     with pytest.raises(ConfigError, match="only 0 blanks"):
         testsets.cloze_of(*tiny, "made", length=40)

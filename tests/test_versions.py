@@ -107,9 +107,7 @@ def test_cloze_pairs_are_clustered_by_text(name: str) -> None:
 def test_other_items_are_compared_by_welch_and_plain_figures_not_at_all() -> None:
     draw = np.random.default_rng(0)
     a, b = draw.normal(3.2, 0.3, 6), draw.normal(3.0, 0.5, 9)
-    rows = [
-        {**perplexity(list(nll), sample, float(np.exp(nll.mean()) * stats.sem(nll))), "n": len(nll)} for nll, sample in ((a, "s"), (b, "t"))
-    ]
+    rows = [{**perplexity(list(nll), sample, float(np.exp(nll.mean()) * stats.sem(nll))), "n": len(nll)} for nll, sample in ((a, "s"), (b, "t"))]
     low, high = stats.ttest_ind(a, b, equal_var=False).confidence_interval()
     expected = np.exp([a.mean() - b.mean(), low, high]) - 1
     assert versions.change(*rows) == pytest.approx((*expected, False, 6))
