@@ -19,13 +19,13 @@ def error_changes(pairs: Mapping[str, tuple[runs.Run, runs.Run]], source: str = 
 
     Returns:
         One row a pair, under its name: nmse_before, nmse_after, token_before, token_after (median over tokens), nmse and
-        token_nmse (relative changes), agree (whether both have the same sign).
+        token_nmse (relative changes), agree (whether their signs do not differ).
     """
     rows = {}
     for name, (before, after) in pairs.items():
         a, b = before.final_errors.loc[source], after.final_errors.loc[source]
         nmse, token = b.nmse / a.nmse - 1, b.token_nmse / a.token_nmse - 1
-        rows[name] = (a.nmse, b.nmse, a.token_nmse, b.token_nmse, nmse, token, nmse * token >= 0)
+        rows[name] = (a.nmse, b.nmse, a.token_nmse, b.token_nmse, nmse, token, not nmse * token < 0)
     columns = ["nmse_before", "nmse_after", "token_before", "token_after", "nmse", "token_nmse", "agree"]
     return pd.DataFrame.from_dict(rows, orient="index", columns=columns)
 

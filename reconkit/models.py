@@ -331,9 +331,12 @@ def largest_inputs(model: nn.Module) -> dict[str, int]:
 
     A Hessian of fewer calibration tokens than that is rank-deficient, and SparseGPT's result then depends on its dampening.
     """
-    views = [view for block in blocks(model)[1] for view in weight_views(block)[0]]
-    inputs = {part: [v.get().shape[1] for v in views if v.attention is attention] for part, attention in (("attention", True), ("feed-forward", False))}
-    return {part: max(found, default=0) for part, found in (*inputs.items(), ("all", [*inputs["attention"], *inputs["feed-forward"]]))}
+    inputs: dict[str, list[int]] = {"attention": [], "feed-forward": []}
+    for block in blocks(model)[1]:
+        for view in weight_views(block)[0]:
+            inputs["attention" if view.attention else "feed-forward"].append(view.get().shape[1])
+    inputs["all"] = [*inputs["attention"], *inputs["feed-forward"]]
+    return {part: max(found, default=0) for part, found in inputs.items()}
 
 
 def _first_line(error: BaseException) -> str:

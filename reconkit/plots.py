@@ -432,13 +432,13 @@ def scores(data: pd.DataFrame) -> Axes:
     """Accuracy by task with its 95 % interval, beside what guessing would give (a hollow diamond).
 
     Args:
-        data: columns task, value, low, high, n (items), chance.
+        data: columns task, value, low, high, chance; where there is a column n, the number of items is named.
     """
     ax = _panels(1, width=1.3 * WIDTH, height=1.0 + 0.3 * max(len(data), 1))[0]
     place = np.arange(len(data))
     ax.errorbar(data.value, place, xerr=_bars(data), fmt="o", color=COLOURS[2], capsize=2, linewidth=1, label="accuracy")
     ax.plot(data.chance, place, linestyle="none", marker="D", markerfacecolor="none", color=INK, label="chance")
-    ax.set_yticks(place, [f"{row.task} (n = {row.n})" for row in data.itertuples()])
+    ax.set_yticks(place, [task + _units(data[data.task == task]) for task in data.task])
     ax.set(xlabel="accuracy (95 % interval over items)", xlim=(0, 1))
     ax.invert_yaxis()
     ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
