@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import pandas as pd
@@ -11,6 +11,37 @@ import pandas as pd
 from . import paper, runs
 
 COLUMNS = ["number", "claim", "places", "published", "run", "here", "expected here", "measured", "holds", "why"]
+MARKS = {"yes": "✓", "no": "✗", "not resolvable": "?"}
+
+
+def error_changes(pairs: Mapping[str, tuple[runs.Run, runs.Run]], source: str = "calibration") -> pd.DataFrame:
+    """How the last block's error changes from the first to the second run of each pair, in the paper's measure and over tokens.
+
+    Returns:
+        One row a pair, under its name: nmse_before, nmse_after, token_before, token_after (median over tokens), nmse and
+        token_nmse (relative changes), agree (whether their signs do not differ).
+    """
+    rows = {}
+    for name, (before, after) in pairs.items():
+        a, b = before.final_errors.loc[source], after.final_errors.loc[source]
+        nmse, token = b.nmse / a.nmse - 1, b.token_nmse / a.token_nmse - 1
+        rows[name] = (a.nmse, b.nmse, a.token_nmse, b.token_nmse, nmse, token, not nmse * token < 0)
+    columns = ["nmse_before", "nmse_after", "token_before", "token_after", "nmse", "token_nmse", "agree"]
+    return pd.DataFrame.from_dict(rows, orient="index", columns=columns)
+
+
+def describe_changes(changes: pd.DataFrame) -> str:
+    """`error_changes` as the text of a claim: NMSE and token NMSE, and for which pairs their directions differ."""
+    parts = [
+        f"{r.Index} {r.nmse_before:.3f} → {r.nmse_after:.3f} (token NMSE {r.token_before:.3f} → {r.token_after:.3f})" for r in changes.itertuples()
+    ]
+    return "; ".join(parts) + disagreement(changes)
+
+
+def disagreement(changes: pd.DataFrame) -> str:
+    """The end of a text about `error_changes`: for which pairs the directions of the two measures differ; nothing where they agree."""
+    apart = " and ".join(changes.index[~changes.agree.astype(bool)])
+    return f"; the two measures disagree in direction for {apart}" if apart else ""
 
 
 def collect(folder: Path, names: Iterable[str]) -> pd.DataFrame:
@@ -22,7 +53,7 @@ def collect(folder: Path, names: Iterable[str]) -> pd.DataFrame:
 
     Returns:
         number, claim, places, published: the paper's; run, here (the claim as the notebook has it), expected here, measured,
-        holds ("yes", "no", "" where nothing was run) and why, the reason where it does not hold.
+        holds ("yes", "no", "not resolvable", "" where nothing was run) and why, the reason where it does not hold.
     """
     rows = []
     for name in names:
@@ -35,12 +66,14 @@ def collect(folder: Path, names: Iterable[str]) -> pd.DataFrame:
 
 
 def verdict(rows: pd.DataFrame) -> str:
-    """Of the rows of one claim: "holds here", "holds in part", "not shown here" or "not run".
+    """Of the rows of one claim: "holds here", "holds in part", "not shown here", "not resolvable here" or "not run".
 
     What a small run does not show is not refuted by it, and what one shows holds for its model.
     """
     said = set(rows.holds) - {""}
-    return {frozenset(): "not run", frozenset({"yes"}): "holds here", frozenset({"no"}): "not shown here"}.get(frozenset(said), "holds in part")
+    if "yes" in said:
+        return "holds here" if said == {"yes"} else "holds in part"
+    return "not shown here" if "no" in said else "not resolvable here" if said else "not run"
 
 
 def as_html(table: pd.DataFrame) -> str:
@@ -71,7 +104,7 @@ def as_markdown(table: pd.DataFrame, home: str) -> str:
     lines = ["| | the paper claims | published | measured here | |", "|---|---|---|---|---|"]
     for (number, claim), rows in table.groupby(["number", "claim"], sort=False):
         found = "<br>".join(
-            f"{'✓' if r.holds == 'yes' else '✗'} {r.here}: {r.measured} ([{r.run[:2]}]({home}/{r.run}/notebook.ipynb)){f'; {r.why}' if r.why else ''}"
+            f"{MARKS[r.holds]} {r.here}: {r.measured} ([{r.run[:2]}]({home}/{r.run}/notebook.ipynb)){f'; {r.why}' if r.why else ''}"
             for _, r in rows[rows.run != ""].iterrows()
         )
         cells = (str(number), claim, f"{rows.iloc[0].published} ({rows.iloc[0].places})", found or "not run yet", f"**{verdict(rows)}**")

@@ -581,6 +581,19 @@ def weight_views(block: nn.Module) -> tuple[list[WeightView], list[str]]:
     return views, dense
 
 
+def largest_inputs(model: nn.Module) -> dict[str, int]:
+    """The largest number of inputs of a prunable matrix, by part of a block: attention, feed-forward, all.
+
+    A Hessian of fewer calibration tokens than that is rank-deficient, and SparseGPT's result then depends on its dampening.
+    """
+    inputs: dict[str, list[int]] = {"attention": [], "feed-forward": []}
+    for block in blocks(model)[1]:
+        for view in weight_views(block)[0]:
+            inputs["attention" if view.attention else "feed-forward"].append(view.get().shape[1])
+    inputs["all"] = [*inputs["attention"], *inputs["feed-forward"]]
+    return {part: max(found, default=0) for part, found in inputs.items()}
+
+
 def check_adapters(model: nn.Module) -> None:
     """Refuse a model with adapters: their matrices would be pruned as weights, and merging would fill the zeros again.
 

@@ -197,7 +197,7 @@ def perplexity(data: pd.DataFrame, by: str, rows: str, dense: Mapping[str, float
     """Perplexity with its 95 % interval: a panel for each corpus, a row for each word in `rows`, a colour for each in `by`.
 
     Args:
-        data: columns corpus, value, low, high, `by` and `rows`.
+        data: columns corpus, value, low, high, `by` and `rows`; where there is a column n, the units of the intervals are named.
         dense: the dense model's perplexity on each corpus, drawn as a line.
     """
     corpora = _sorted("source", data.corpus.unique())
@@ -208,16 +208,22 @@ def perplexity(data: pd.DataFrame, by: str, rows: str, dense: Mapping[str, float
         for shift, (kind, look) in zip(np.linspace(-0.22, 0.22, len(kinds)) if len(kinds) > 1 else [0.0], kinds.items(), strict=True):
             points = part[part[by] == kind].set_index(rows).reindex(words)
             place = np.arange(len(words)) + shift
-            spread = _bars(points)
             ax.errorbar(
-                points.value, place, xerr=spread, fmt=look["marker"], color=look["color"], capsize=2, linewidth=1, label=NAMES.get(kind, kind)
+                points.value,
+                place,
+                xerr=_bars(points),
+                fmt=look["marker"],
+                color=look["color"],
+                capsize=2,
+                linewidth=1,
+                label=NAMES.get(kind, kind),
             )
         if dense is not None:
             ax.axvline(dense[corpus], color=INK, linewidth=1)
             place = {"xycoords": ("data", "axes fraction"), "xytext": (0, 2), "textcoords": "offset points"}
             ax.annotate("dense", (dense[corpus], 1), **place, ha="center", color=INK, fontsize=8)
         _plain_log(ax, "x")
-        ax.set_xlabel(f"perplexity on {corpus}")
+        ax.set_xlabel(f"perplexity on {corpus}{_units(part)}")
         ax.set_yticks(range(len(words)), [NAMES.get(w, str(w)) for w in words])
         ax.margins(y=0.12)
     axes[0].invert_yaxis()
@@ -230,19 +236,22 @@ def changes(data: pd.DataFrame, by: str, rows: str = "set", *, label: str = "cha
     """Differences with their intervals: a row for each word in `rows`, a colour for each in `by`, a line where nothing changes.
 
     Args:
-        data: columns value, low, high, `by` and `rows`.
+        data: columns value, low, high, `by` and `rows`; where there is a column n, the units of the intervals are named, on the
+            axis where all have the same number, else with each row.
         label: of the axis.
     """
     words, kinds = _sorted(rows, data[rows].unique()), looks(by, list(data[by].unique()))
+    common = "n" in data and data.n.nunique() == 1
     ax = ax or _panels(1, width=1.4 * WIDTH, height=1.1 + 0.16 * len(words) * (1 + len(kinds)))[0]
     for shift, (kind, look) in zip(np.linspace(-0.28, 0.28, len(kinds)) if len(kinds) > 1 else [0.0], kinds.items(), strict=True):
         points = data[data[by] == kind].set_index(rows).reindex(words)
-        spread = _bars(points)
         place = np.arange(len(words)) + shift
-        ax.errorbar(points.value, place, xerr=spread, fmt=look["marker"], color=look["color"], capsize=2, linewidth=1, label=NAMES.get(kind, kind))
+        ax.errorbar(
+            points.value, place, xerr=_bars(points), fmt=look["marker"], color=look["color"], capsize=2, linewidth=1, label=NAMES.get(kind, kind)
+        )
     ax.axvline(0, color=INK, linewidth=0.8)
-    ax.set_yticks(range(len(words)), [NAMES.get(w, str(w)) for w in words])
-    ax.set_xlabel(label)
+    ax.set_yticks(range(len(words)), [NAMES.get(w, str(w)) + ("" if common else _units(data[data[rows] == w])) for w in words])
+    ax.set_xlabel(label + (_units(data) if common else ""))
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:+,.5g}%" if value else "0"))
     ax.margins(y=0.12)
     ax.invert_yaxis()
@@ -423,14 +432,14 @@ def scores(data: pd.DataFrame) -> Axes:
     """Accuracy by task with its 95 % interval, beside what guessing would give (a hollow diamond).
 
     Args:
-        data: columns task, value, low, high, chance.
+        data: columns task, value, low, high, chance; where there is a column n, the number of items is named.
     """
     ax = _panels(1, width=1.3 * WIDTH, height=1.0 + 0.3 * max(len(data), 1))[0]
-    place, spread = np.arange(len(data)), _bars(data)
-    ax.errorbar(data.value, place, xerr=spread, fmt="o", color=COLOURS[2], capsize=2, linewidth=1, label="accuracy")
+    place = np.arange(len(data))
+    ax.errorbar(data.value, place, xerr=_bars(data), fmt="o", color=COLOURS[2], capsize=2, linewidth=1, label="accuracy")
     ax.plot(data.chance, place, linestyle="none", marker="D", markerfacecolor="none", color=INK, label="chance")
-    ax.set_yticks(place, list(data.task))
-    ax.set(xlabel="accuracy (95 % interval)", xlim=(0, 1))
+    ax.set_yticks(place, [task + _units(data[data.task == task]) for task in data.task])
+    ax.set(xlabel="accuracy (95 % interval over items)", xlim=(0, 1))
     ax.invert_yaxis()
     ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
     return ax
@@ -473,6 +482,12 @@ def _panels(count: int, *, sharey: bool = False, width: float = WIDTH, height: f
 def _sorted(by: str, words: Sequence[Any]) -> list[Any]:
     known = ORDER.get(by, ())
     return sorted(words, key=lambda w: known.index(w) if w in known else len(known))
+
+
+def _units(data: pd.DataFrame) -> str:
+    """ " (n = 12)", or the smallest and the largest number of units; nothing where the data have none."""
+    counts = data.n.dropna().astype(int) if "n" in data else pd.Series(dtype=int)
+    return "" if counts.empty else f" (n = {counts.min()})" if counts.nunique() == 1 else f" (n = {counts.min()} to {counts.max()})"
 
 
 def _axes(ax: Axes, x: str, y: str, log: bool) -> None:

@@ -74,8 +74,8 @@ class Run:
 
     @property
     def perplexity(self) -> pd.DataFrame:
-        """corpus, value, low, high: one row a test corpus."""
-        return pd.DataFrame(self.record["evaluation"]["perplexity"], columns=["corpus", "value", "low", "high"])
+        """corpus, value, low, high, n (independent units of the interval): one row a test corpus."""
+        return pd.DataFrame(self.record["evaluation"]["perplexity"], columns=["corpus", "value", "low", "high", "n"])
 
     @property
     def final_errors(self) -> pd.DataFrame:
@@ -747,12 +747,14 @@ def save_claims(out_dir: str | Path, rows: Sequence[Mapping[str, Any]]) -> pd.Da
 
     Args:
         rows: beside these columns a row may have `of`, the number of the paper's claim that it answers (`paper.table("claims")`),
-            and `why`, the reason that was found where it does not hold. The ledger of a suite collects both.
+            and `why`, the reason that was found where it does not hold. The ledger of a suite collects both. `holds` may be None
+            or NaN: the measurement cannot decide the claim, because its interval includes no change or because it is confounded.
     """
     kept = []
     for row in rows:
-        more = {name: row[name] for name in ("of", "why") if row.get(name) and not (name == "why" and row["holds"])}
-        kept.append({**{name: row[name] for name in CLAIM}, "holds": "yes" if row["holds"] else "no", **more})
+        holds = "not resolvable" if pd.isna(row["holds"]) else "yes" if row["holds"] else "no"
+        more = {name: row[name] for name in ("of", "why") if row.get(name) and not (name == "why" and holds == "yes")}
+        kept.append({**{name: row[name] for name in CLAIM}, "holds": holds, **more})
     if str(out_dir):
         (Path(out_dir) / "claims.json").write_text(json.dumps(kept, indent=1), encoding="utf-8")
     return pd.DataFrame(kept, columns=CLAIM)

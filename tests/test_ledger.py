@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 
 from reconkit import ledger, paper
@@ -39,6 +41,40 @@ def test_verdicts(folder: Path) -> None:
     said = {number: ledger.verdict(rows) for number, rows in table.groupby("number")}
     assert said == {3: "holds in part", 7: "not shown here", **dict.fromkeys((1, 2, 4, 5, 6, 8), "not run")}
     assert ledger.verdict(table[(table.number == 3) & (table.run == "a")]) == "holds here"
+
+
+@pytest.mark.parametrize(
+    ("holds", "expected"),
+    [
+        (["not resolvable"], "not resolvable here"),
+        (["no", "not resolvable"], "not shown here"),
+        (["yes", "not resolvable"], "holds in part"),
+        (["yes", "yes"], "holds here"),
+        ([""], "not run"),
+    ],
+)
+def test_a_claim_that_no_run_resolves_is_called_so(holds: list[str], expected: str, tmp_path: Path) -> None:
+    rows = [{**ROW, "holds": word, "of": 6} for word in holds if word]
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "claims.json").write_text(json.dumps(rows))
+    table = ledger.collect(tmp_path, ["a"])
+    assert ledger.verdict(table[table.number == 6]) == expected
+    line = ledger.as_markdown(table, "published/x").splitlines()[7]
+    assert f"**{expected}**" in line and line.count("? mine") == holds.count("not resolvable")
+
+
+def test_both_measures_of_the_error_are_named_and_where_they_disagree() -> None:
+    def run(nmse: float, token: float) -> SimpleNamespace:
+        return SimpleNamespace(final_errors=pd.DataFrame({"nmse": [nmse, 9.0], "token_nmse": [token, 9.0]}, index=["calibration", "wiki"]))
+
+    pairs = {"magnitude": (run(0.5, 0.4), run(0.6, 0.3)), "wanda": (run(0.2, 0.2), run(0.1, 0.15))}
+    changes = ledger.error_changes(pairs)
+    assert changes.nmse.tolist() == pytest.approx([0.2, -0.5]) and changes.token_nmse.tolist() == pytest.approx([-0.25, -0.25])
+    assert changes.loc["magnitude", ["nmse_before", "nmse_after", "token_before", "token_after"]].tolist() == [0.5, 0.6, 0.4, 0.3]
+    assert changes.agree.tolist() == [False, True] and (ledger.error_changes(pairs, "wiki").nmse == 0).all()
+    text = ledger.describe_changes(changes)
+    assert "magnitude 0.500 → 0.600 (token NMSE 0.400 → 0.300)" in text and text.endswith("disagree in direction for magnitude")
+    assert "disagree" not in ledger.describe_changes(changes[1:])
 
 
 def test_pages_say_what_the_table_says(folder: Path) -> None:

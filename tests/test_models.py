@@ -147,6 +147,11 @@ def test_conv1d_is_seen_as_out_in_and_experts_one_by_one() -> None:
     assert sum(v.index is not None for v in views) == 2 * 4 and any("gate" in name or "router" in name for name in dense)
 
 
+def test_largest_inputs_are_those_of_the_parts_matrices() -> None:
+    expected = {"attention": 32, "feed-forward": 128, "all": 128}
+    assert models.largest_inputs(families.build("gpt2 (Conv1D)")) == expected, "c_proj of the feed-forward part has 4 x 32 inputs"
+
+
 def test_a_model_without_blocks_is_refused() -> None:
     with pytest.raises(ConfigError, match="no list of decoder blocks"):
         models.blocks(nn.Sequential(nn.Linear(2, 2)))

@@ -150,6 +150,23 @@ def test_changes_have_a_row_for_each_set_and_a_line_at_nothing() -> None:
     assert 0 in [line.get_xdata()[0] for line in ax.lines if len(set(line.get_xdata())) == 1]
 
 
+def test_intervals_name_their_units_and_an_infinite_one_has_no_bars() -> None:
+    rows = [("wiki", 0.2, 0.1, 0.3, 4), ("self", -0.3, -np.inf, np.inf, 4)]
+    data = pd.DataFrame(rows, columns=["set", "value", "low", "high", "n"]).assign(of="x")
+    ax = plots.changes(data, "of", label="change")
+    assert ax.get_xlabel() == "change (n = 4)" and [t.get_text() for t in ax.get_yticklabels()] == [
+        "wiki (calibration's domain)",
+        "self (its own text)",
+    ]
+    first, second = ax.containers[0].lines[2][0].get_segments()
+    assert first[:, 0] == pytest.approx([0.1, 0.3]) and not np.isfinite(second).any()
+    assert np.isfinite(ax.get_xlim()).all()
+    ax = plots.changes(data.assign(n=[4, 9]), "of", label="change")
+    assert ax.get_xlabel() == "change" and [t.get_text().rsplit(" (", 1)[1] for t in ax.get_yticklabels()] == ["n = 4)", "n = 9)"]
+    [panel] = plots.perplexity(data.assign(corpus="wiki", n=[4, 9], value=2.0, low=1.0, high=3.0), "set", "of")
+    assert panel.get_xlabel() == "perplexity on wiki (n = 4 to 9)"
+
+
 def test_each_seed_has_a_point_and_the_mean_a_larger_one() -> None:
     rows = [(arm, seed, 10 + place + seed) for place, arm in enumerate(["alone", "self-generated"]) for seed in (0, 1, 2)]
     [ax] = plots.by_seed(pd.DataFrame(rows, columns=["arm", "seed", "nmse"]), "arm", ["nmse"], dense={"nmse": 9.0})
@@ -166,9 +183,9 @@ def test_distributions_rise_to_one() -> None:
 
 
 def test_scores_stand_beside_chance() -> None:
-    data = pd.DataFrame({"task": ["boolq", "rte"], "value": [0.6, 0.5], "low": [0.5, 0.3], "high": [0.65, 0.7], "chance": [0.5, 0.5]})
+    data = pd.DataFrame({"task": ["boolq", "rte"], "value": [0.6, 0.5], "low": [0.5, 0.3], "high": [0.65, 0.7], "n": [90, 8], "chance": 0.5})
     ax = plots.scores(data)
-    assert [t.get_text() for t in ax.get_yticklabels()] == ["boolq", "rte"] and ax.lines[-1].get_xdata().tolist() == [0.5, 0.5]
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["boolq (n = 90)", "rte (n = 8)"] and ax.lines[-1].get_xdata().tolist() == [0.5, 0.5]
     [bars] = ax.containers
     assert np.allclose([s[:, 0] for s in bars.lines[2][0].get_segments()], [[0.5, 0.65], [0.3, 0.7]])
     assert not plots.scores(data[:0]).get_yticklabels(), "nothing was asked"

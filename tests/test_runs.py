@@ -492,6 +492,9 @@ def test_environment_names_versions_and_no_place() -> None:
 def test_metrics_and_claims_are_kept_only_where_asked(tmp_path: Path) -> None:
     rows = [{"claim": "a", "paper": 1, "expected here": "less", "measured": 0.5, "holds": True}]
     assert runs.save_claims("", rows).holds.tolist() == ["yes"]
+    unknown = [{**rows[0], "holds": holds, "why": "because"} for holds in (None, float("nan"), pd.NA, np.float64("nan"))]
+    assert runs.save_claims(tmp_path, unknown).holds.tolist() == ["not resolvable"] * 4
+    assert all(row["why"] == "because" for row in runs.saved(tmp_path / "claims.json"))
     runs.save_metrics("", {"a": 1})
     runs.save_metrics(tmp_path, {"a": 1, "b": float("nan")})
     assert json.loads((tmp_path / "metrics.json").read_text()) == {"a": 1.0}
