@@ -116,6 +116,7 @@ def run(run_config: RunConfig) -> Run:
     _say_differences(found)
     if run_config.tag:
         tag(id, run_config.tag)
+        found = replace(found, config=replace(found.config, tag=run_config.tag))
     found = priced(found, run_config.price_per_hour)
     _remember_or_say(found, parent)
     return _judged(found, run_config.prune.overfit) if run_config.prune else found

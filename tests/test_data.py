@@ -573,12 +573,12 @@ def test_a_cache_that_cannot_be_written_gives_the_same_text(tokenizer: Any, requ
 def test_a_full_disk_leaves_no_part_of_a_kept_text(tokenizer: Any, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import numpy as np
 
-    def full(stream: Any, _: Any) -> None:
+    def full(stream: Any, **_: Any) -> None:
         stream.write(b"half")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(data, "_docstrings", lambda: {f"module {i}": TEXT for i in range(5)})
-    monkeypatch.setattr(np, "save", full)
+    monkeypatch.setattr(np, "savez", full)
     assert data.load_samples("pydocs", tokenizer, count=4, length=20).shape == (4, 20)
     assert [p.suffix for p in (cache / "text").rglob("*") if p.is_file()] == [".json"]
 

@@ -171,9 +171,10 @@ def test_committed_records_answer_first(
     assert found.cached and found.folder == record.parent and found.metrics == made.metrics
     assert f"Some records were made elsewhere: torch 0.1 (here {torch.__version__})." in capsys.readouterr().out
     assert [r.id for r in runs.records()] == [made.id] and runs.find(made.id[:6]).id == made.id
-    runs.run(config(tag="mine"))
+    assert runs.run(config(tag="mine")).config.tag == "mine"
     assert sorted(file.name for file in record.parent.iterdir()) == ["errors.csv", "record.json", "training.csv"]
     assert runs.find("mine").folder.parent == cache / "runs"
+    assert runs.run(config(tag="other")).config.tag == "other" and runs.run(config(seed=1, tag="new")).config.tag == "new"
 
 
 def test_a_damaged_record_is_named_and_computed_again(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
