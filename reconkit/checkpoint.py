@@ -1,8 +1,8 @@
-"""The state of a walk on disk, so that a killed one continues and ends with the same bits.
+"""The state of a pruning on disk, so that a killed one continues and ends with the same bits.
 
 In the folder: `key.json` (what was being done), one `window-N.json` for each finished window, written last and naming its
 other files with their sums, one file a block, and one file with the streams of the last window. Streams that are lost or
-damaged can be recomputed from the blocks; a damaged block takes the walk back to the last window that is whole.
+damaged can be recomputed from the blocks; after a damaged block the pruning restarts at the last window that is whole.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ SUPERSEDED = 2  # windows after which an earlier version of a block is deleted: 
 
 
 class Checkpoint:
-    """A folder that holds one walk."""
+    """A folder that holds one pruning."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     @classmethod
     def open(cls, folder: str | Path, model: nn.Module, sources: Mapping[str, Tensor], config: PruneConfig) -> Checkpoint:
-        """Begin in an empty folder, or go on in one that holds the same walk.
+        """Begin in an empty folder, or continue in one that holds the same pruning.
 
         Raises:
-            ConfigError: the folder holds another walk (the message names what differs) or something else.
+            ConfigError: the folder holds another pruning (the message names what differs) or something else.
         """
         path = Path(folder)
         key = {

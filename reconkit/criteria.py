@@ -21,7 +21,7 @@ TRIES = 6
 
 
 class Statistics:
-    """Sums over the inputs (tokens, columns) of layers that read the same tensor: of squares, and of products where asked for."""
+    """Sums over the inputs X (tokens, columns) of layers that read the same tensor: of squares, and with `hessian` of products."""
 
     def __init__(self, columns: int, *, hessian: bool = False, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
         self.count = 0
@@ -31,7 +31,7 @@ class Statistics:
         self._squares = torch.zeros(columns, dtype=torch.float64, device="cpu" if str(device).startswith("mps") else device)
 
     def add(self, x: Tensor) -> None:
-        """Count the inputs `x` (tokens, columns)."""
+        """Add the inputs `x` (tokens, columns)."""
         self.count += len(x)
         if self.hessian is not None:
             x = x.to(self.hessian.dtype)
@@ -162,7 +162,7 @@ def sparsegpt(
     w = torch.cat(list(weights)).t().contiguous()  # (in, rows of all): a column is contiguous
     stay = _stacked(weights, zeros)
     changes, kept = torch.empty_like(w), torch.empty_like(w, dtype=torch.bool)  # changes: old minus new
-    columns, most = _walk(w.device)
+    columns, most = _column_update(w.device)
     step = nm[1] if nm else most
     width = -(-column_block // step) * step if nm else column_block
     for start in range(0, len(w), width):
@@ -199,8 +199,8 @@ def _scores(w: Tensor, moves: Tensor, lower: Tensor, scale: Tensor) -> Tensor:
     return moved.add_(w).mul_(scale).abs_()
 
 
-def _walk(device: torch.device) -> tuple[Callable[..., None], int]:
-    """What fills the changes of neighbouring columns on this device, and of how many at once: one kernel where there can be one."""
+def _column_update(device: torch.device) -> tuple[Callable[..., None], int]:
+    """The function that updates neighbouring columns on this device, and how many it takes at once: a Triton kernel where one can run."""
     if device.type == "cuda" and util.find_spec("triton") and torch.cuda.get_device_capability(device) >= (7, 5):
         from . import fused
 
@@ -209,7 +209,7 @@ def _walk(device: torch.device) -> tuple[Callable[..., None], int]:
 
 
 def _columns(w: Tensor, kept: Tensor, moves: Tensor, lower: Tensor, changes: Tensor) -> None:
-    """Fill `changes` column by column: a removed weight changes by itself, a kept one by what the columns before move it."""
+    """Fill `changes` column by column: a removed weight changes by its own value, a kept one by the updates of the columns before it."""
     keep = kept.to(w.dtype)
     torch.addcmul(w, keep, w, value=-1, out=changes)
     for j, (move, row, mask, change) in enumerate(zip(moves, lower, keep, changes, strict=True)):
@@ -219,7 +219,7 @@ def _columns(w: Tensor, kept: Tensor, moves: Tensor, lower: Tensor, changes: Ten
 
 
 def _factor(hessian: Tensor, damping: float) -> tuple[Tensor, list[str]]:
-    """Rᵀ with R Rᵀ = H + λ I for an upper triangular R, below its diagonal what it may, and a note where λ had to be raised.
+    """Rᵀ with R Rᵀ = H + λ I for an upper triangular R, and a note where λ was raised. Entries above the diagonal are arbitrary.
 
     R⁻¹ is the factor U of the inverse.
     """
@@ -237,10 +237,10 @@ def _factor(hessian: Tensor, damping: float) -> tuple[Tensor, list[str]]:
 
 
 def _reversed_cholesky(matrix: Tensor) -> bool:
-    """Put the lower triangular L with LᵀL = `matrix` (n, n) in its place, and tell whether there is one; above the diagonal is left what was there.
+    """Overwrite `matrix` (n, n) with the lower triangular L for which LᵀL = `matrix`; return whether there is one.
 
-    From the last rows up, a band at a time. It is the Cholesky factor of the matrix with its rows and columns reversed, for which
-    torch would turn the matrix over twice, and clear the other triangle against the grain of its memory, which takes as long as all else.
+    The entries above the diagonal are not cleared. L is the Cholesky factor of the matrix with reversed rows and columns. It is computed
+    a band at a time from the last rows up: torch would copy the whole matrix twice and clear the other triangle, which doubles the time.
     """
     for start in reversed(range(0, len(matrix), BAND)):
         band = slice(start, min(start + BAND, len(matrix)))

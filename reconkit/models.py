@@ -1,4 +1,4 @@
-"""Loading, dissecting and saving decoder models. The only room that knows transformers' file formats.
+"""Loading, dissecting and saving decoder models. The only module that knows transformers' file formats.
 
 A block is one decoder layer; a view is one prunable matrix inside it, always seen as (out, in), whether it is stored
 as a `Linear`, as GPT-2's transposed `Conv1D` or as a slice of a three-dimensional expert parameter.
@@ -701,7 +701,7 @@ def vocabulary(model: PreTrainedModel) -> int:
 
 
 def weights_sum(model: PreTrainedModel) -> str:
-    """A sum over the weights: what a model is, whatever it is called. It tells models apart, and guards against nobody."""
+    """Fingerprint of the weights (not cryptographic)."""
     found, on_disk = xxhash.xxh3_128(), offload.of(model)
     for name, parameter in model.named_parameters():
         with offload.holding(model, on_disk.index(name)) if on_disk else nullcontext():

@@ -161,12 +161,12 @@ class Offload:
     def __init__(self, prefix: str, layers: nn.ModuleList, stored: Stored, folder: Path, device: str) -> None:
         self.layers, self.prefix, self.stored, self.folder, self.device = layers, prefix, stored, folder, torch.device(device)
         self.held: set[int] = set()
-        self.asleep = False
+        self.skipping = False
         "Blocks are called without being computed."
         self.finished: set[int] = set()
         self.rest: dict[str, nn.Parameter] = {}
         "What is outside the blocks."
-        _apart()
+        _separate_allocations()
         for index, block in enumerate(layers):
             self._drop(index)
             block.register_forward_pre_hook(lambda _, __, i=index: self._enter(i))
@@ -196,7 +196,7 @@ class Offload:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Without embeddings, norm and head in memory, which the walk needs no more once the streams have begun."""
+        """Free embeddings, norm and head, which the pruning does not need once the hidden states are computed."""
         for p in self.rest.values():
             self._empty(p)
         _trim()
@@ -226,11 +226,11 @@ class Offload:
         return {f"{self.prefix}.{index}.{name}": p for name, p in self.layers[index].named_parameters()}
 
     def _enter(self, index: int) -> None:
-        if index not in self.held and not self.asleep:
+        if index not in self.held and not self.skipping:
             self._read(index)
 
     def _leave(self, index: int) -> None:
-        if index not in self.held and not self.asleep:
+        if index not in self.held and not self.skipping:
             self._drop(index)
             _trim()
 
@@ -252,7 +252,7 @@ def _trim() -> None:
     _glibc("malloc_trim", 0)
 
 
-def _apart() -> None:
+def _separate_allocations() -> None:
     """From now on each matrix gets memory of its own, which is the system's again when it is freed: left to itself, glibc learns
     to put ever larger ones between others, and the peak creeps up from block to block."""
     _glibc("mallopt", M_MMAP_THRESHOLD, OWN)

@@ -1,4 +1,4 @@
-"""One bar for a long walk, and a small file beside it that `reconkit watch` reads from another process."""
+"""One bar for long work, and a small file beside it that `reconkit watch` reads from another process."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ ABOUT: dict[str, Any] = {}
 
 
 def folder() -> Path:
-    """Where running walks leave their state, one file a process."""
+    """Folder in which running prunings keep their state, one file a process."""
     return cache_dir() / "progress"
 
 
 def log(pid: int) -> Path:
-    """Where the walk of a process leaves what it measured: JSON lines of (kind, row), kinds errors, training and said."""
+    """File of what a running pruning measured: JSON lines of (kind, row), kinds errors, training and said."""
     return folder() / f"{pid}.jsonl"
 
 
@@ -64,7 +64,7 @@ class Progress:
         self._log("", "w")
 
     def step(self, steps: int = 1, **facts: Any) -> None:
-        """Count `steps` and say where the walk is. A first call without facts counts what was done before: the estimate leaves it out."""
+        """Count `steps` and show where the work is. A first call without facts counts earlier work, which the estimate leaves out."""
         self.done += steps
         self.facts.update(facts)
         if self.before is None:

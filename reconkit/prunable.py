@@ -259,7 +259,7 @@ def check_inputs(model: nn.Module, samples: Tensor, config: PruneConfig, extra: 
 
 
 class eager_experts:
-    """Experts run one by one for the walk, so that each expert's product can be seen."""
+    """Run experts one by one during a pruning, so that the product of each expert is observed."""
 
     def __init__(self, model: nn.Module) -> None:
         configs = {id(m.config): m.config for m in model.modules() if getattr(m, "config", None) is not None}

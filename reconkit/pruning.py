@@ -37,7 +37,7 @@ TRAINED = ("calibration", "extra")
 
 @dataclass
 class PruneResult:
-    """What a pruning did, measured on the way."""
+    """Result of a pruning, measured while it ran."""
 
     errors: pd.DataFrame
     "block (int from 0), source (calibration | extra | a held-out name), mse, nmse, token_nmse, token_nmse_90; see `streams.Errors`"
@@ -46,13 +46,13 @@ class PruneResult:
     sparsity: float
     "Share of zeros that the masks put into the prunable matrices of all blocks."
     seconds: float
-    "Wall time of the whole walk, with that of the calls before where it continues from a checkpoint."
+    "Wall time of the whole pruning, including earlier calls where it continues from a checkpoint."
     peak_memory: dict[str, int]
     '"gpu": peak bytes on the GPU, "rss": peak bytes of RAM above what was in use before.'
     notes: list[str]
-    "What the reader should know: what was left dense, raised damping, experts with few tokens, skipped steps, signs of overfitting."
+    "Remarks: layers left dense, earlier zeros, raised damping, experts with few tokens, skipped steps, signs of overfitting."
     config: PruneConfig
-    "How it was done."
+    "The configuration."
     per_parameter: float | None
     "Training scalars (samples × tokens × hidden) for each weight left in the largest window; None where nothing is trained."
 
@@ -62,11 +62,11 @@ class State:
     """The state between two windows; everything that a checkpoint holds."""
 
     position: int
-    "Block before which the sparse stream stands."
+    "Block before which the sparse hidden states stand."
     sparse: dict[str, Tensor]
     "Per source (N, T, H)."
     dense: dict[int, dict[str, Tensor]]
-    "Dense streams by position, from `position` to the furthest block that a target needed."
+    "Dense hidden states by position, from `position` to the furthest block that a target needed."
     masks: dict[str, Tensor] = field(default_factory=dict)
     "Kept entries (out, in) by view name, of the blocks that later windows still train."
     zeros: int = 0
@@ -342,7 +342,7 @@ class Pruning:
         states = self.state.dense[index]["calibration"] if dense else self.state.sparse["calibration"]
         before = range(0) if dense else range(window.start, index)
         with InputTap([group[0] for group in groups], seen):
-            runner.spread(lambda batch: runner.call(index, runner.through(before, batch)), states, self.config.batch_size)
+            runner.map_batches(lambda batch: runner.call(index, runner.through(before, batch)), states, self.config.batch_size)
         for name, found in statistics.items():
             if not torch.isfinite(found.square_sum).all():
                 raise FloatingPointError(f"The input of block {index}, {name} holds NaN or infinity on the calibration samples.")
@@ -417,7 +417,7 @@ def _out_of_memory(pruning: Pruning, window: range) -> Iterator[None]:
 
 
 def _less_memory(runner: Runner, config: PruneConfig, window: range) -> str:
-    """What to set, and to what, in the order of what it costs."""
+    """Advice against too little memory: what to set to which value, the least costly first."""
     at_once = config.micro_batch or config.batch_size
     if config.trains and at_once > 1:
         return f"set micro_batch={at_once // 2}, which is now {at_once}"

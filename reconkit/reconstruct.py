@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint as recomputed
 
 from .assets import CannotWrite, cache_dir, writing
 from .config import ConfigError, PruneConfig
-from .streams import fetched, finite_advice
+from .streams import finite_advice, prefetch
 
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 FASTER = 1.3  # bf16 must beat fp32 by this much to be chosen on a CPU
@@ -32,14 +32,14 @@ FASTER = 1.3  # bf16 must beat fp32 by this much to be chosen on a CPU
 
 @dataclass
 class Trained:
-    """What a window's training leaves besides the weights."""
+    """Result of training a window, besides the weights."""
 
     losses: list[tuple[int, str, float]]
     "(epoch, source, loss): epoch 0 is before training; a training source's later losses are means over the epoch's steps."
     skipped: int = 0
-    "Steps that fp16 skipped because a gradient overflowed."
+    "Steps that were skipped because an fp16 gradient overflowed."
     best_epoch: int | None = None
-    "The epoch whose weights were kept, when early stopping was asked for."
+    "Epoch whose weights were kept, with early stopping."
 
 
 Pairs = Mapping[str, tuple[Tensor, Tensor]]
@@ -126,7 +126,7 @@ class Trainer:
             # one by one, because only what lies in pinned memory is copied while the GPU works
             return tuple(torch.stack([training[name][side][i].to(self.device, non_blocking=True) for name, i in rows]) for side in (0, 1))
 
-        ready = fetched((partial(put, rows) for mine in parts for rows in mine), self.device)
+        ready = prefetch((partial(put, rows) for mine in parts for rows in mine), self.device)
         sums = {name: torch.zeros((), device=self.device) for name in training}
         for mine in parts:
             self._step(mine, ready, sums)
@@ -161,7 +161,7 @@ class Trainer:
     def evaluate(self, inputs: Tensor, targets: Tensor) -> float:
         """Mean loss over samples (N, T, H)."""
         pairs = list(zip(inputs.split(self.config.batch_size), targets.split(self.config.batch_size), strict=True))
-        batches = fetched((lambda pair=pair: tuple(side.to(self.device, non_blocking=True) for side in pair) for pair in pairs), self.device)
+        batches = prefetch((lambda pair=pair: tuple(side.to(self.device, non_blocking=True) for side in pair) for pair in pairs), self.device)
         losses = [self._losses(x, y).mean() * len(x) for x, y in batches]
         return float(torch.stack(losses).sum()) / len(inputs)
 
@@ -205,7 +205,7 @@ def _finite(rows: Sequence[tuple[int, str, float]], where: str, precision: str, 
 
 
 def _seed(*parts: int) -> int:
-    """One number of 63 bits for several, the same on every machine."""
+    """Hash several numbers to one of 63 bits, the same on every machine."""
     value = 0x9E3779B97F4A7C15
     for part in parts:
         value = ((value ^ part) * 0xBF58476D1CE4E5B9) % 2**64

@@ -1,7 +1,7 @@
-"""Streams of hidden states through the blocks. The only room that calls a block.
+"""Dense and sparse hidden states, and how they move through the blocks. The only module that calls a block.
 
 Letters: N samples, B samples of a batch, T tokens, H hidden. A source is one set of samples ("calibration", "extra" or
-a held-out name). Each source flows twice: dense through the original blocks, sparse through the pruned ones.
+a held-out name). Each source has dense hidden states, which pass through the original blocks, and sparse ones, which pass through the pruned blocks.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SAME_HALF = 1e-3
 
 
 class Runner:
-    """Calls single blocks exactly as the model would: it records once how the model calls each of them.
+    """Calls single blocks exactly as the model does. It records once how the model calls each block.
 
     One forward of the model per (batch size, length) keeps, for every block, all arguments besides the hidden states:
     families hand different masks and rotary embeddings to different blocks, and some masks depend on the batch size.
@@ -65,9 +65,9 @@ class Runner:
             with torch.no_grad(), tap or (self._skipped() if self.offload else _nothing()):
                 self._forward(ids)
         except (AttributeError, TypeError) as error:
-            if not self._rest:
-                raise
-            raise ConfigError(f"{self._name} computes with what its blocks return besides hidden states; load the model whole.") from error
+            if self._rest:
+                raise ConfigError(f"{self._name} computes with what its blocks return besides hidden states; load the model whole.") from error
+            raise ConfigError(f"{self._name} cannot be called with token ids alone ({error}), so it cannot be pruned.") from error
         finally:
             for handle in handles:
                 handle.remove()
@@ -152,7 +152,7 @@ class Runner:
         base(input_ids=ids.to(next(self.model.parameters()).device), use_cache=False)
 
     def embed(self, ids: Tensor, batch_size: int) -> Tensor:
-        """What enters the first block, (N, T) → (N, T, H), in the model's dtype."""
+        """Hidden states before the first block, (N, T) → (N, T, H), in the model's dtype."""
         states: list[Tensor] = []
 
         def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -173,13 +173,13 @@ class Runner:
 
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
-        """What the model makes of the last block's output, (B, T, H) → (B, T, vocabulary)."""
+        """Logits from the output of the last block, (B, T, H) → (B, T, vocabulary)."""
         with self._skipped(hidden):
             return self.model(input_ids=torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device), use_cache=False).logits
 
     @contextmanager
     def _skipped(self, result: Tensor | None = None) -> Iterator[None]:
-        """The blocks compute nothing: they hand on what they get, and the last one `result`, in the form that the model expects of them."""
+        """Inside, the blocks compute nothing: they return their input, and the last one returns `result`, in the form that the model expects."""
         rest = self._probe()
 
         def passing(given: Tensor | None) -> Callable[..., Any]:
@@ -190,7 +190,7 @@ class Runner:
             return forward
 
         if self.offload:
-            self.offload.asleep = True
+            self.offload.skipping = True
         for block in self.blocks:
             block.forward = passing(result if block is self.blocks[-1] else None)
         try:
@@ -199,7 +199,7 @@ class Runner:
             for block in self.blocks:
                 del block.forward
             if self.offload:
-                self.offload.asleep = False
+                self.offload.skipping = False
 
     def _probe(self) -> tuple[Any, ...] | None:
         """What stands for the values that a block returns besides its hidden states; None where it returns a plain tensor.
@@ -226,14 +226,14 @@ class Runner:
         return self._rest
 
     def prepare(self, batch_sizes: Iterable[int], length: int) -> None:
-        """Record the calls for batches of these sizes, where they are not known yet; the model must be in its own dtype."""
+        """Record the calls for batches of these sizes that are not recorded yet; the model must be in its own dtype."""
         for size in batch_sizes:
             if (size, length) not in self._calls:
                 with torch._C.DisableTorchFunction():  # a tap around this must not see these tokens
                     self.record(self._tokens(size, length))
 
     def _tokens(self, size: int, length: int) -> Tensor:
-        """Tokens (size, length), real ones over and over again where there are any: padding would be masked by some families."""
+        """Tokens (size, length): real ones, repeated, where some are known. Some families would mask padding."""
         if self._example is None:
             return torch.zeros(size, length, dtype=torch.long)
         return torch.from_numpy(np.resize(self._example.cpu().numpy(), (size, length)))
@@ -248,7 +248,7 @@ class Runner:
         return _first((block if block is not None else self.blocks[index])(hidden, *args, **kwargs))
 
     def through(self, indices: Iterable[int], hidden: Tensor, stand_in: dict[int, nn.Module] | None = None) -> Tensor:
-        """`hidden` (B, T, H) through several blocks in order."""
+        """Move `hidden` (B, T, H) through several blocks in order."""
         for i in indices:
             hidden = self.call(i, hidden, (stand_in or {}).get(i))
         return hidden
@@ -257,17 +257,17 @@ class Runner:
     def advance(
         self, indices: Sequence[int], states: Tensor, batch_size: int, stand_in: dict[int, nn.Module] | None = None, *, in_place: bool = False
     ) -> Tensor:
-        """All stored samples (N, T, H) through the blocks `indices`, batch by batch; stored where and as they were, or `in_place` of them."""
+        """Move stored samples (N, T, H) through the blocks `indices`, batch by batch; the result is stored beside them, or `in_place`."""
         if not len(indices):
             return states
-        out = states if in_place else room(states)
-        self.spread(lambda batch: self.through(indices, batch, stand_in), states, batch_size, out)
+        out = states if in_place else allocate_like(states)
+        self.map_batches(lambda batch: self.through(indices, batch, stand_in), states, batch_size, out)
         return out
 
-    def spread(self, work: Callable[[Tensor], Tensor], states: Tensor, batch_size: int, out: Tensor | None = None) -> None:
-        """`work` on each batch (B, T, H) of stored samples (N, T, H); what it returns goes to `out` (N, T, H)."""
+    def map_batches(self, work: Callable[[Tensor], Tensor], states: Tensor, batch_size: int, out: Tensor | None = None) -> None:
+        """Apply `work` to each batch (B, T, H) of stored samples (N, T, H); its results are written to `out` (N, T, H)."""
         cuts = [slice(start, min(start + batch_size, len(states))) for start in range(0, len(states), batch_size)]
-        batches = fetched((lambda c=c: (states[c].to(self.device, self.dtype, non_blocking=True),) for c in cuts), self.device)
+        batches = prefetch((lambda c=c: (states[c].to(self.device, self.dtype, non_blocking=True),) for c in cuts), self.device)
         for chosen, (batch,) in zip(cuts, batches, strict=True):
             result = work(batch)
             if out is not None:
@@ -293,7 +293,7 @@ PRODUCTS: dict[Any, tuple[str, ...]] = {
 
 
 class InputTap(TorchFunctionMode):
-    """Shows every matrix product with a watched weight: `seen(view, input, straight)` before it is computed.
+    """Calls `seen(view, input, straight)` before every matrix product with a watched weight.
 
     `straight` says that the weight is stored as (out, in). `input` is (..., in).
 
@@ -309,7 +309,7 @@ class InputTap(TorchFunctionMode):
         self.watch(views)
 
     def watch(self, views: Iterable[WeightView]) -> None:
-        """From now on these, which are where they are now."""
+        """Watch these views from now on, at their present addresses."""
         self.views = {v.get().data_ptr(): v for v in views}
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
@@ -341,8 +341,8 @@ class InputTap(TorchFunctionMode):
 
 
 def store(sources: Mapping[str, Tensor], streams: int, device: torch.device) -> dict[str, Tensor]:
-    """The states of all sources where they will live, all in one place: the first of the GPU `device`, RAM (pinned where there is a GPU)
-    and disk of which `streams` times their size takes at most half of what is free."""
+    """Move the hidden states of all sources to one place: the first of the GPU `device`, RAM (pinned where there is a GPU) and disk in which
+    `streams` times their size takes at most half of the free space."""
     size = streams * sum(states.nbytes for states in sources.values())
     gpu = device.type == "cuda"
     if gpu and size <= torch.cuda.mem_get_info(device)[0] // 2:
@@ -352,10 +352,10 @@ def store(sources: Mapping[str, Tensor], streams: int, device: torch.device) -> 
     return {name: states.cpu().pin_memory() for name, states in sources.items()} if gpu else dict(sources)
 
 
-def fetched(loads: Iterable[Callable[[], tuple[Tensor, ...]]], device: torch.device) -> Iterator[tuple[Tensor, ...]]:
-    """What each load puts on `device`, in order; a GPU copies the next from pinned RAM while it works on the one before.
+def prefetch(loads: Iterable[Callable[[], tuple[Tensor, ...]]], device: torch.device) -> Iterator[tuple[Tensor, ...]]:
+    """Yield the tensors of each load on `device`, in order; a GPU copies the next ones from pinned RAM while it computes.
 
-    So a load must not read what is written with the one before it.
+    A load must therefore not read what is computed from the load before it.
     """
     if device.type != "cuda":
         yield from (load() for load in loads)
@@ -366,7 +366,7 @@ def fetched(loads: Iterable[Callable[[], tuple[Tensor, ...]]], device: torch.dev
     def arrived() -> tuple[Tensor, ...]:
         tensors, copied = coming.pop(0)
         working.wait_event(copied)
-        for tensor in tensors:  # whose memory is not free again before the work on it is done
+        for tensor in tensors:  # keeps the memory until the work on it is done
             tensor.record_stream(working)
         return tensors
 
@@ -380,22 +380,22 @@ def fetched(loads: Iterable[Callable[[], tuple[Tensor, ...]]], device: torch.dev
         yield arrived()
 
 
-def room(states: Tensor) -> Tensor:
-    """Room for states like these, in the same place."""
+def allocate_like(states: Tensor) -> Tensor:
+    """Uninitialised memory for hidden states of the same shape and dtype, in the same place."""
     return _on_disk(states) if getattr(states, "on_disk", False) else torch.empty_like(states, pin_memory=states.is_pinned())
 
 
 def _on_disk(states: Tensor) -> Tensor:
-    """Room for such states in a file without a name, which is gone with the tensor; the system keeps of it in RAM what there is room for.
+    """Memory for such hidden states in an unnamed file, which is deleted with the tensor. The system caches the file in free RAM.
 
     Raises:
-        OSError: the disk of the cache has not so much room.
+        OSError: the disk of the cache has too little space.
     """
     free = shutil.disk_usage(folder := cache_dir()).free
     if states.nbytes > free:
         raise OSError(28, f"{states.nbytes / 1e9:.1f} GB of hidden states fit neither in memory nor on disk ({free / 1e9:.1f} GB free)", str(folder))
     with tempfile.TemporaryFile(dir=folder) as file:
-        if hasattr(os, "posix_fallocate"):  # a page that finds no room when it is written would end the process
+        if hasattr(os, "posix_fallocate"):  # a page without space on the disk would end the process when it is written
             os.posix_fallocate(file.fileno(), 0, states.nbytes)
         mapped = np.memmap(file, np.uint8, "r+", shape=(states.nbytes,))
     found = torch.from_numpy(mapped).view(states.dtype).view(states.shape)
@@ -460,7 +460,7 @@ def _doubled(values: Tensor) -> Tensor:
 
 
 class _Reached(Exception):
-    """The forward has reached the first block."""
+    """Raised to end a forward pass when it has gone far enough."""
 
 
 def _first(out: Any) -> Tensor:
@@ -498,7 +498,7 @@ def _without_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
 
 
 def _once(value: Any, known: dict[Any, Tensor]) -> Any:
-    """The same value with equal tensors replaced by one of them: twenty blocks share one mask."""
+    """Replace equal tensors in `value` by one of them, because blocks often share one mask."""
     if isinstance(value, Tensor):
         same = next((t for t in known.values() if t.shape == value.shape and t.dtype == value.dtype and torch.equal(t, value)), None)
         return known.setdefault(id(value), value) if same is None else same
@@ -508,7 +508,7 @@ def _once(value: Any, known: dict[Any, Tensor]) -> Any:
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:
-    """The same value with floating tensors in `dtype`."""
+    """Cast the floating-point tensors in `value` to `dtype`."""
     if isinstance(value, Tensor):
         return value.to(dtype) if value.is_floating_point() else value
     if isinstance(value, dict):

@@ -103,7 +103,7 @@ def test_what_is_fetched_comes_in_order_and_not_before_it_is_wanted() -> None:
 
     for count in (0, 1, 2, 5):
         begun.clear()
-        found = streams.fetched((lambda n=n: load(n) for n in range(count)), torch.device("cpu"))
+        found = streams.prefetch((lambda n=n: load(n) for n in range(count)), torch.device("cpu"))
         for number, (a, b) in enumerate(found):
             assert (int(a), int(b)) == (number, -number) and begun == list(range(number + 1))
         assert len(begun) == count
@@ -115,7 +115,7 @@ def test_a_gpu_fetches_ahead_and_gets_the_same() -> None:
     weight = torch.randn(1024, 1024, device=device)
     for count in (0, 1, 2, 40):
         sums = []
-        for x, y in streams.fetched((lambda n=n: tuple(away[n].to(device, non_blocking=True) for _ in "xy") for n in range(count)), device):
+        for x, y in streams.prefetch((lambda n=n: tuple(away[n].to(device, non_blocking=True) for _ in "xy") for n in range(count)), device):
             for _ in range(20):  # work that takes longer than a copy, in memory that is soon free again
                 x = torch.tanh(x @ weight)
             sums.append((y[0].double().sum(), x.isfinite().all()))
@@ -128,10 +128,10 @@ def test_streams_that_do_not_fit_in_memory_live_on_disk(monkeypatch: pytest.Monk
     config, ids, other = PruneConfig(technique="BR+GP+CR", epochs=1, batch_size=4), families.tokens(6, 16), families.tokens(3, 16, 1)
     whole, away = families.build("llama"), families.build("llama")
     expected = pruning.prune(whole, ids, config, held_out={"other": other}, progress=False)
-    assert not hasattr(streams.room(torch.ones(2)), "on_disk")
+    assert not hasattr(streams.allocate_like(torch.ones(2)), "on_disk")
     monkeypatch.setattr(streams.psutil, "virtual_memory", lambda: SimpleNamespace(available=0))
     kept = streams.store({"calibration": torch.arange(6.0).view(1, 2, 3).bfloat16()}, 4, torch.device("cpu"))["calibration"]
-    assert kept.on_disk and streams.room(kept).on_disk and kept.dtype == torch.bfloat16 and kept.flatten().tolist() == [0, 1, 2, 3, 4, 5]
+    assert kept.on_disk and streams.allocate_like(kept).on_disk and kept.dtype == torch.bfloat16 and kept.flatten().tolist() == [0, 1, 2, 3, 4, 5]
     found = pruning.prune(away, ids, config, held_out={"other": other}, progress=False)
     assert found.errors.equals(expected.errors) and models.weights_sum(away) == models.weights_sum(whole)
     assert [file.name for file in cache.iterdir() if file.is_file()] == ["precision.json"]
