@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .evaluation import evaluate, perplexity
     from .models import load_model, save_model
     from .overfit import verdict
+    from .parameters import check_parameters
     from .pruning import PruneResult, prune
     from .runs import Run, run
     from .selfgen import self_generate
@@ -34,6 +35,7 @@ _HOME = {
     "PruneResult": "pruning",
     "Run": "runs",
     "RunConfig": "config",
+    "check_parameters": "parameters",
     "evaluate": "evaluation",
     "load_model": "models",
     "load_samples": "data",

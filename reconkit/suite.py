@@ -36,7 +36,6 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from importlib.metadata import metadata
 from pathlib import Path
-from types import NoneType
 from typing import Any
 
 import nbformat
@@ -45,46 +44,17 @@ import torch
 
 from . import assets, cluster, data, ledger, models, report, runs, sweep
 from . import book as pages
-from .config import SELF, ConfigError, Faults, PruneConfig, RunConfig, SelfGenConfig, field_types, one_of, read_toml, require
+from .config import SELF, ConfigError, one_of, read_toml, require
+from .parameters import OUT_DIR, gathered, raise_faults
+from .parameters import faults as parameter_faults
 
 PUBLISHED = "published"
 SCALES = "papermill_runs"
 "Where a manifest that is named by one word lies: each is a scale, and the only place that says what it is."
-OUT_DIR = "out_dir"
 PATHS = ("model", "corpus", "held_out", "test", "extra")
 "Parameters whose value may be a path."
 CHECKPOINT = "checkpoint"
 "One that is a folder, there or not yet."
-CONFIGURED = {
-    "again": (PruneConfig, "criterion"),
-    "criteria": (PruneConfig, "criterion"),
-    "counts": (RunConfig, "count"),
-    "extra_count": (RunConfig, "self_generated"),
-    "few_count": (RunConfig, "count"),
-    "few_epochs": (PruneConfig, "epochs"),
-    "few_held_out_count": (RunConfig, "held_out_count"),
-    "few_length": (RunConfig, "length"),
-    "ladder_batch": (PruneConfig, "batch_size"),
-    "ladder_steps": (PruneConfig, "steps"),
-    "lengths": (RunConfig, "length"),
-    "made": (RunConfig, "test"),
-    "models": (RunConfig, "model"),
-    "more_count": (RunConfig, "more"),
-    "other": (RunConfig, "corpus"),
-    "patterns": (PruneConfig, "pattern"),
-    "product_sparsities": (PruneConfig, "sparsity"),
-    "seeds": (RunConfig, "seed"),
-    "small_count": (RunConfig, "count"),
-    "small_epochs": (PruneConfig, "epochs"),
-    "small_held_out_count": (RunConfig, "held_out_count"),
-    "small_length": (RunConfig, "length"),
-    "sparsities": (PruneConfig, "sparsity"),
-    "techniques": (PruneConfig, "technique"),
-    "write_batch": (SelfGenConfig, "batch_size"),
-}
-"Parameters of notebooks that are a field of a configuration under another name; of a list, each element is."
-OPTIONAL = ("made",)
-"Lists that may be empty."
 TIMED = ("seconds/", "memory/", "speed/", "ratio/", "gpu_hours/", "joules/", "money/")
 "Beginnings of measurements that differ between machines and are shown without a judgement."
 TOLERANCE = 0.03
@@ -157,28 +127,12 @@ def _checked(file: Path, written: Mapping[str, Any]) -> Suite:
     twice = sorted({n for n in names if names.count(n) > 1})
     known = sorted({k for e in entries for k in e.parameters})
     unused = [key for key in defaults if key not in known] if len(entries) == len(rows) else []
-    with _gathered(faults):
+    with gathered(faults):
         require(not twice, f"{file.name}: name", ", ".join(twice), "given to one run only")
-    with _gathered(faults):
+    with gathered(faults):
         require(not unused, f"{file.name}: defaults", ", ".join(unused), one_of(tuple(known)))
-    _raise(file.name, faults)
+    raise_faults(file.name, faults)
     return Suite(file.stem, file.parent / file.stem, entries)
-
-
-@contextmanager
-def _gathered(faults: list[str]) -> Iterator[None]:
-    """Keep a ConfigError as one of `faults`."""
-    try:
-        yield
-    except ConfigError as error:
-        faults.append(str(error))
-
-
-def _raise(where: str, faults: Sequence[str]) -> None:
-    if len(faults) == 1:
-        raise ConfigError(faults[0])
-    if faults:
-        raise Faults("\n  ".join([f"{where} has {len(faults)} faults:", *faults]))
 
 
 def _entry(file: Path, row: Mapping[str, Any], defaults: Mapping[str, Any], faults: list[str]) -> Entry | None:
@@ -186,27 +140,27 @@ def _entry(file: Path, row: Mapping[str, Any], defaults: Mapping[str, Any], faul
     where = f"{file.name}: run {row.get('name', row.get('notebook', '?'))!r}"
     minutes, alone, given = row.get("minutes", 1.0), row.get("alone", False), row.get("parameters", {})
     number = isinstance(minutes, (int, float)) and not isinstance(minutes, bool) and 0 < minutes < math.inf
-    with _gathered(faults):
+    with gathered(faults):
         _known(where, row, ("notebook", "name", "parameters", "minutes", "alone"))
-    with _gathered(faults):
+    with gathered(faults):
         require(number, f"{where}: minutes", minutes, "a positive number")
-    with _gathered(faults):
+    with gathered(faults):
         require(isinstance(alone, bool), f"{where}: alone", alone, "true or false")
-    with _gathered(faults):
+    with gathered(faults):
         require(isinstance(given, dict), f"{where}: parameters", given, "a table")
     notebook = None
-    with _gathered(faults):
+    with gathered(faults):
         notebook = _notebook(file, row, where)
     if notebook is None or not isinstance(given, dict):
         return None
     name = row.get("name", notebook.stem)
     safe = isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*", name) is not None
-    with _gathered(faults):
+    with gathered(faults):
         require(safe, f"{where}: name", name, "letters, digits and . _ + -, fit for a folder")
-    with _gathered(faults):
+    with gathered(faults):
         known = parameters(notebook)
         chosen = {k: v for k, v in defaults.items() if k in known} | given
-        found = _wrong(where, chosen, known, _annotated(notebook))
+        found = parameter_faults(where, chosen, known, _annotated(notebook))
         faults += found
         final = known | chosen if found else {k: _absolute(k, v, file.parent) for k, v in (known | chosen).items()}
         return Entry(str(name), notebook, {k: v for k, v in final.items() if k != OUT_DIR}, float(minutes) if number else 1.0, bool(alone))
@@ -221,51 +175,6 @@ def _notebook(file: Path, row: Mapping[str, Any], where: str) -> Path:
     notebook = (file.parent / stem) if stem.endswith(".ipynb") else folder / f"{stem}.ipynb"
     require(notebook.is_file(), f"{where}: notebook", stem, one_of(tuple(possible)) + ", or a path to an .ipynb file")
     return notebook
-
-
-def _wrong(where: str, chosen: Mapping[str, Any], known: Mapping[str, Any], kinds: Mapping[str, str]) -> list[str]:
-    """What is wrong with the parameters that a manifest gives, `chosen`, by the notebook's own, `known`, and by the configurations."""
-    faults: list[str] = []
-    for key, value in chosen.items():
-        with _gathered(faults):
-            require(key in known and key != OUT_DIR, f"{where}: parameter", key, one_of(tuple(k for k in known if k != OUT_DIR)))
-            require(_fits(value, kinds[key]), f"{where}: {key}", value, f"a {kinds[key]}, like {known[key]!r}")
-            require(_finite(value), f"{where}: {key}", value, "without nan and inf")
-            if isinstance(value, list):
-                full = value or not known[key] or key in OPTIONAL
-                require(full, f"{where}: {key}", value, f"a list of one value or more, like {known[key]!r}")
-                alike = all(_alike(part, like) for part in value for like in known[key])
-                require(alike, f"{where}: {key}", value, f"a list of values like those of {known[key]!r}")
-    if faults:
-        return faults
-    for kind in (PruneConfig, RunConfig, SelfGenConfig):
-        names = field_types(kind)
-        together = {k: _none(v, names[k]) for k, v in (known | chosen).items() if k in names and k not in CONFIGURED}
-        faults += [f"{where}: {text}" for key, text in _refused(kind, together) if key in chosen]
-    for key in chosen.keys() & CONFIGURED.keys():
-        kind, name = CONFIGURED[key]
-        for part in chosen[key] if isinstance(chosen[key], list) else [chosen[key]]:
-            faults += [f"{where}: {key}: {text}" for _, text in _refused(kind, {name: _none(part, field_types(kind)[name])})]
-    return faults
-
-
-def _refused(kind: type, values: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """(field, sentence) of every value that the configuration refuses."""
-    left, found = dict(values), []
-    while True:
-        try:
-            kind(**left)
-            return found
-        except ConfigError as error:
-            name = str(error).split(" is ")[0].split("[")[0]
-            found.append((name, str(error)))
-            if left.pop(name, None) is None:
-                return found
-
-
-def _none(value: Any, kinds: tuple[Any, ...]) -> Any:
-    """None for "" and 0 where a field may be None: a manifest has no word for it."""
-    return None if NoneType in kinds and not value and not isinstance(value, bool) else value
 
 
 def _absolute(name: str, value: Any, folder: Path) -> Any:
@@ -292,21 +201,6 @@ def _is_text(path: Path) -> bool:
 def _known(where: str, table: Mapping[str, Any], possible: Sequence[str]) -> None:
     wrong = [key for key in table if key not in possible]
     require(not wrong, f"{where}: key", ", ".join(wrong), one_of(tuple(possible)))
-
-
-def _fits(value: Any, kind: str) -> bool:
-    """Whether a value is of the type of that name; whole numbers may stand for fractions."""
-    return type(value).__name__ == kind or (kind == "float" and type(value) is int)
-
-
-def _alike(value: Any, like: Any) -> bool:
-    """Whether a value of a list can stand beside one of the notebook's: both are numbers, or both of one type."""
-    numbers = (int, float)
-    return type(value) is type(like) or (type(value) in numbers and type(like) in numbers)
-
-
-def _finite(value: Any) -> bool:
-    return all(map(_finite, value)) if isinstance(value, list) else not isinstance(value, float) or math.isfinite(value)
 
 
 def parameters(notebook: Path) -> dict[str, Any]:
@@ -390,14 +284,14 @@ def _unknown(parameters: Mapping[str, Any]) -> list[str]:
         return [name for value in given for name in (value if isinstance(value, list) else [value])]
 
     for model in names("model", "models"):
-        with _gathered(faults):
+        with gathered(faults):
             models.check_model(model)
     for corpus in names("corpus", "other", "extra", "held_out", "test", "made"):
         if corpus != SELF:
-            with _gathered(faults):
+            with gathered(faults):
                 data.check_corpus(corpus)
     for task in names("tasks"):
-        with _gathered(faults):
+        with gathered(faults):
             require(task in data.TASKS, "tasks", task, one_of(tuple(data.TASKS)))
     return list(dict.fromkeys(faults))
 
@@ -427,7 +321,7 @@ def run(
     platform = runs.platform_key()
     jobs = _jobs(jobs, platform["device"])
     chosen = _chosen(suite, only)
-    _raise(suite.name, [f"run {e.name!r}: {text}" for e in chosen for text in _unknown(e.parameters)])
+    raise_faults(suite.name, [f"run {e.name!r}: {text}" for e in chosen for text in _unknown(e.parameters)])
     keys = {e.name: key(e, platform) for e in chosen}
     todo = [e for e in chosen if force or _state(suite, e, keys[e.name]) != "unchanged"]
     if dry_run:
@@ -690,7 +584,7 @@ def new(manifest: str | Path, grid: Sequence[str] = (), *, notebook: str = NOTEB
     if asked:
         text = f"# A sweep of {notebook} over {', '.join(asked)}. Run it with: reconkit suite run {manifest}\n\n" + sweep.manifest(notebook, asked, 2)
     entries = _checked(file.absolute(), tomllib.loads(text)).entries if asked else []
-    _raise(file.stem, [f"run {e.name!r}: {fault}" for e in entries for fault in _unknown(e.parameters)])
+    raise_faults(file.stem, [f"run {e.name!r}: {fault}" for e in entries for fault in _unknown(e.parameters)])
     data.write_text(file, text)
     count = len(entries) or 1
     print(f"Wrote {file}: {count} {'run' if count == 1 else 'runs'}.")

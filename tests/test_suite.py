@@ -14,6 +14,9 @@ import pytest
 from reconkit import suite
 from reconkit.cli import main
 from reconkit.config import ConfigError
+from reconkit.parameters import check_parameters
+
+NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
 
 PARAMETERS = 'value: int = 2\nrate: float = 0.5\nword: str = "a"\nparts: list = [1]\nswitch: bool = False\nout_dir: str = ""'
 CODE = """import json, sys
@@ -84,8 +87,8 @@ def test_a_manifest_becomes_entries(home: Path) -> None:
         ('[[run]]\nnotebook = "00_one"\nminutes = -1\n', "positive"),
         ('[[run]]\nnotebook = "00_one"\nalone = 1\n', "true or false"),
         ('[[run]]\nnotebook = "00_one"\n[run.parameters]\nvalu = 1\n', "'valu'.*value, rate"),
-        ('[[run]]\nnotebook = "00_one"\n[run.parameters]\nvalue = 1.5\n', "a int, like 2"),
-        ('[[run]]\nnotebook = "00_one"\n[run.parameters]\nvalue = true\n', "a int, like 2"),
+        ('[[run]]\nnotebook = "00_one"\n[run.parameters]\nvalue = 1.5\n', "a whole number, like 2"),
+        ('[[run]]\nnotebook = "00_one"\n[run.parameters]\nvalue = true\n', "a whole number, like 2"),
         ('[[run]]\nnotebook = "00_one"\n[run.parameters]\nparts = "x"\n', "a list"),
         ('[[run]]\nnotebook = "00_one"\n[run.parameters]\nout_dir = "x"\n', "out_dir"),
         ('[defaults]\nnothing = 1\n[[run]]\nnotebook = "00_one"\n', "defaults is 'nothing'"),
@@ -391,7 +394,7 @@ out_dir: str = \"\""""
         ("sparsity = -0.1", "sparsity is -0.1"),
         ("sparsity = nan", "sparsity is nan"),
         ("within = inf", "within is inf"),
-        ("within = true", "within is True; it must be a float"),
+        ("within = true", "within is True; it must be a number"),
         ('technique = "GP"', "technique is 'GP'"),
         ('criteria = ["wanda", "wand"]', "criteria: criterion is 'wand'"),
         ('techniques = ["LR", "RL"]', "techniques: technique is 'RL'"),
@@ -413,10 +416,10 @@ out_dir: str = \"\""""
         ("symbols = 1.5", "symbols is 1.5"),
         ("write_batch = 0", "write_batch: batch_size is 0"),
         ('held_out = "wiki"', "held_out is 'wiki'; it must be a list"),
-        ('offload = "false"', "offload is 'false'; it must be a bool"),
-        ("offload = 0", "offload is 0; it must be a bool"),
-        ("count = [8]", "count is .8.; it must be a int"),
-        ("checkpoint = 5", "checkpoint is 5; it must be a str"),
+        ('offload = "false"', "offload is 'false'; it must be true or false"),
+        ("offload = 0", "offload is 0; it must be true or false"),
+        ("count = [8]", "count is .8.; it must be a whole number"),
+        ("checkpoint = 5", "checkpoint is 5; it must be a text"),
         ('model = "no-such-model"', "No model is called 'no-such-model'"),
         ('corpus = "wikki"', "No corpus is called 'wikki'"),
         ('test = ["wiki", "missing.txt"]', "There is no file missing.txt"),
@@ -471,3 +474,36 @@ def test_a_full_disk_leaves_nothing_of_a_run_and_says_where(home: Path, monkeypa
     said = capsys.readouterr().err
     assert "status.json: cannot be written (No space left on device)" in said and "Traceback" not in said
     assert list((home / "papermill_runs" / "mine").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"test": "pydocs"}, "test is 'pydocs'; it must be a list"),
+        ({"count": "8"}, "count is '8'; it must be a whole number"),
+        ({"seed": 1.5}, "seed is 1.5; it must be a whole number"),
+        ({"criterion": "wand"}, "criterion is 'wand'; it must be one of magnitude, wanda, sparsegpt"),
+        ({"sparsity": 1.5}, "sparsity is 1.5; it must be a number with 0 <= sparsity < 1"),
+        ({"count": [8], "sparsity": float("nan")}, "has 2 faults"),
+    ],
+    ids=str,
+)
+def test_parameters_that_papermill_injects_are_checked_as_they_enter(given: dict[str, Any], said: str) -> None:
+    namespace = {"__annotations__": {"test": list, "count": int, "seed": int, "criterion": str, "sparsity": float, "out_dir": str}}
+    plain = {"test": ["pydocs"], "count": 8, "seed": 0, "criterion": "wanda", "sparsity": 0.5, "out_dir": ""}
+    check_parameters({**namespace, **plain})
+    check_parameters({**namespace, **plain, "sparsity": 0})
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        check_parameters({**namespace, **plain, **given})
+
+
+@pytest.mark.slow
+def test_every_notebook_checks_its_parameters_and_papermill_stops_there(tmp_path: Path) -> None:
+    import papermill
+
+    for file in [*NOTEBOOKS.glob("*.ipynb"), *NOTEBOOKS.glob("*/*.ipynb")]:
+        book = suite._read(file)
+        after = next(i for i, cell in enumerate(book.cells) if "parameters" in cell.metadata.get("tags", []))
+        assert "rk.check_parameters(globals())" in next(c.source for c in book.cells[after + 1 :] if c.cell_type == "code"), file.name
+    with pytest.raises(papermill.PapermillExecutionError, match="parameter: test is 'pydocs'; it must be a list"):
+        papermill.execute_notebook(NOTEBOOKS / "03_global_propagation.ipynb", tmp_path / "out.ipynb", {"test": "pydocs"}, kernel_name="python3")
