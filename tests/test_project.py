@@ -32,6 +32,7 @@ SIGNATURES = {
     "PruneConfig": "*, criterion='sparsegpt', pattern='unstructured', sparsity=0.5, technique='BR+GP', layers='all', epochs=10, steps=None, "
     "learning_rate=0.0002, batch_size=8, micro_batch=None, precision='auto', early_stopping=None, seed=0, ...",
     "prune": "model, samples, config, *, extra=None, held_out=None, checkpoint=None, callbacks=(), progress=True",
+    "check_parameters": "namespace",
     "save_model": "model, tokenizer, folder",
     "perplexity": "model, samples, *, batch_size=8",
     "zero_shot": "model, tokenizer, tasks, *, limit=None, seed=0, against=None",
