@@ -34,6 +34,12 @@ STREAMS = 4  # of the samples' size at once, at most: dense, sparse, target, and
 SUPERSEDED = 2  # windows after which an earlier version of a block is deleted: one step back stays possible
 
 
+def _plain(config: PruneConfig) -> dict[str, Any]:
+    """The configuration as JSON has it, without `overfit`, which decides words only; of `layer_sparsity` the first match wins."""
+    plain = {k: list(v.items()) if k == "layer_sparsity" else v for k, v in to_dict(config).items() if k != "overfit"}
+    return json.loads(json.dumps(plain))
+
+
 class Checkpoint:
     """A folder that holds one pruning."""
 
@@ -51,7 +57,7 @@ class Checkpoint:
         key = {
             "model": on_disk.sum() if (on_disk := offload.of(model)) else _sum(model.state_dict()),
             "samples": _sum(sources),
-            "configuration": json.loads(json.dumps({k: v for k, v in to_dict(config).items() if k != "overfit"})),  # which decides words only
+            "configuration": _plain(config),
             "results": {"format": FORMAT, **{part: RESULTS[part] for part in ("criteria", "reconstruction")}},
         }
         for left in path.glob(".*"):  # of a process that was killed while it wrote

@@ -54,9 +54,9 @@ def check_model(name: str | Path) -> None:
     elif name.endswith(".gguf"):
         if not path.is_file():
             raise ConfigError(f"There is no file {name}; models are: {POSSIBLE}.")
-    elif path.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
+    elif path.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name[0] in ".-" or name[-1] in ".-" or ".." in name:
         raise ConfigError(f"No model is called {name!r}; models are: {POSSIBLE}.")
-    elif close := difflib.get_close_matches(name.lower(), (OFFLINE, TINY), n=1, cutoff=0.7):
+    elif "/" not in name and (close := difflib.get_close_matches(name.lower(), (OFFLINE, TINY), n=1, cutoff=0.7)):
         raise ConfigError(f"No model is called {name!r}; perhaps {close[0]} is meant. Models are: {POSSIBLE}.")
     elif "/" not in name and _hub_is_off() and not _is_cached(name):
         raise ConfigError(f"No model is called {name!r} here, and HF_HUB_OFFLINE switches the hub off; models are: {POSSIBLE}.")
@@ -126,11 +126,16 @@ def identity(name: str | Path) -> str:
 
 
 def _revision(name: str) -> list[str]:
-    """The commit of a hub model in the cache of the hub; nothing for one that is not there."""
-    from huggingface_hub import try_to_load_from_cache
+    """The commit of a hub model: in the cache of the hub, or where it is not there as the hub tells; nothing where neither knows."""
+    from huggingface_hub import HfApi, try_to_load_from_cache
 
-    found = "/" in name and try_to_load_from_cache(name, "config.json")
-    return [Path(found).parent.name] if isinstance(found, str) else []
+    found = None if name == TINY else try_to_load_from_cache(name, "config.json")
+    if isinstance(found, str):
+        return [Path(found).parent.name]
+    try:
+        return [] if name == TINY or _hub_is_off() else [str(HfApi().model_info(name, timeout=10).sha)]
+    except Exception:  # whatever the hub's libraries raise, which have no error in common: loading will say it
+        return []
 
 
 @lru_cache
@@ -560,6 +565,7 @@ def weight_views(block: nn.Module) -> tuple[list[WeightView], list[str]]:
 
     views: list[WeightView] = []
     dense: list[str] = []
+    seen: set[int] = set()  # a parameter with two names is one matrix
     for module_name, module in block.named_modules():
         if isinstance(module, (nn.Linear, Conv1D)) and "weight" not in module._parameters:
             raise ConfigError(
@@ -568,8 +574,9 @@ def weight_views(block: nn.Module) -> tuple[list[WeightView], list[str]]:
             )
         for name, parameter in module.named_parameters(recurse=False):
             full = f"{module_name}.{name}".removeprefix(".")
-            if parameter.ndim < 2:
+            if parameter.ndim < 2 or id(parameter) in seen:
                 continue
+            seen.add(id(parameter))
             if any(part in ROUTERS for part in module_name.split(".")):
                 dense.append(full)
             elif isinstance(module, (nn.Linear, Conv1D)) and name == "weight":
@@ -600,16 +607,20 @@ def check_adapters(model: nn.Module) -> None:
     Raises:
         ConfigError: the model holds PEFT adapters; the message says how to merge them.
     """
-    found = next((name for name, m in model.named_modules() if type(m).__module__.split(".")[0] == "peft"), None)
+    found = next((name for name, m in model.named_modules() if _of_peft(m)), None)
     if found is None:
         return
     if hasattr(model, "merge_and_unload"):
         way = "merge them first: model = model.merge_and_unload()"
-    elif hasattr(model, "get_base_model"):
+    elif hasattr(model, "get_base_model") and not any(_of_peft(m) for m in model.get_base_model().modules()):
         way = "prompts cannot be merged; take the model beneath: model = model.get_base_model()"
     else:
-        way = "save them, and merge them first: peft.PeftModel.from_pretrained(base_model, folder).merge_and_unload()"
+        way = "load the model without them, or merge them: peft.PeftModel.from_pretrained(base_model, folder).merge_and_unload()"
     raise ConfigError(f"The model holds PEFT adapters ({found or type(model).__name__}), which cannot be pruned; {way}.")
+
+
+def _of_peft(module: nn.Module) -> bool:
+    return type(module).__module__.split(".")[0] == "peft"
 
 
 def check_shared(model: nn.Module, prefix: str, layers: nn.ModuleList) -> None:

@@ -294,8 +294,6 @@ def open_model(folder: Path, dtype: torch.dtype, device: str, blocks_folder: Pat
     from .models import blocks
 
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    if getattr(config, "quantization_config", None):
-        raise ConfigError(f"{folder} holds quantized weights, which cannot be read one block at a time; name a checkpoint that is not quantized.")
     with _reading(folder):
         files = _files(folder)
     with init_empty_weights(include_buffers=False):

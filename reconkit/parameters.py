@@ -91,12 +91,13 @@ def faults(where: str, chosen: Mapping[str, Any], known: Mapping[str, Any], kind
     for kind in (PruneConfig, RunConfig, SelfGenConfig):
         names = field_types(kind)
         together = {k: _none(v, names[k]) for k, v in (known | chosen).items() if k in names and k not in CONFIGURED}
-        found += [f"{where}: {text}" for key, text in _refused(kind, together) if key in chosen]
+        if together.keys() & chosen.keys():
+            found += [f"{where}: {text}" for _, text in _refused(kind, together)]
     for key in chosen.keys() & CONFIGURED.keys():
         kind, name = CONFIGURED[key]
         for part in chosen[key] if isinstance(chosen[key], list) else [chosen[key]]:
             found += [f"{where}: {key}: {text}" for _, text in _refused(kind, {name: _none(part, field_types(kind)[name])})]
-    return found
+    return list(dict.fromkeys(found))
 
 
 def _refused(kind: type, values: Mapping[str, Any]) -> list[tuple[str, str]]:

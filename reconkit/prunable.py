@@ -156,7 +156,9 @@ def _zeros_kept(index: int, block: nn.Module, views: list[WeightView], config: P
     if config.keep_zeros is False:
         return {}
     held = {id(v.parameter) for v in views}
-    matrices = {v.name: v.get() for v in views} | {n: p.detach().flatten(1) for n, p in block.named_parameters() if p.ndim > 1 and id(p) not in held}
+    matrices = {v.name: v.get() for v in views} | {
+        n: p.detach() for n, p in block.named_parameters() if p.ndim == 2 and n.endswith("weight") and id(p) not in held
+    }
     found = {}
     for name, matrix in matrices.items():
         zeros = int((matrix == 0).sum())
@@ -236,9 +238,9 @@ def check_inputs(model: nn.Module, samples: Tensor, config: PruneConfig, extra: 
     check_float_weights(model)
     vocabulary = model.get_input_embeddings().num_embeddings
     for name, ids in {"samples": samples, "extra": extra, **{f"held_out[{k}]": v for k, v in (held_out or {}).items()}}.items():
-        if ids is None:
+        if ids is None and name == "extra":
             continue
-        if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.is_floating_point() or not ids.numel():
+        if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.is_floating_point() or ids.dtype == torch.bool or not ids.numel():
             raise ConfigError(f"{name} must be a tensor of token ids (samples, tokens), not {getattr(ids, 'shape', type(ids).__name__)}.")
         if int(ids.min()) < 0 or int(ids.max()) >= vocabulary:
             raise ConfigError(f"{name} holds token {int(ids.max())}, beyond the model's vocabulary of {vocabulary}: another model's tokenizer?")

@@ -45,6 +45,10 @@ class PruneResult:
     'window ("3" or "3+4"), epoch (0 = before training), source, loss'
     sparsity: float
     "Share of zeros that the masks put into the prunable matrices of all blocks."
+    zeros: float
+    "Share of zeros in the same matrices at the end; those of an earlier pruning and of a 4-bit format are among them."
+    precision: str
+    "Precision of the reconstruction: fp32, bf16 or fp16."
     seconds: float
     "Wall time of the whole pruning, including earlier calls where it continues from a checkpoint."
     peak_memory: dict[str, int]
@@ -376,11 +380,13 @@ class Pruning:
 
     def result(self, seconds: float, peak_memory: dict[str, int]) -> PruneResult:
         """What was done, as `prune` returns it."""
-        state = self.state
+        state, entries = self.state, sum(math.prod(v.get().shape) for views in self.found.views for v in views)
         return PruneResult(
             errors=pd.DataFrame(state.errors, columns=["block", "source", *Errors._fields]),
             training=pd.DataFrame(state.training, columns=["window", "epoch", "source", "loss"]),
-            sparsity=state.zeros / sum(math.prod(v.get().shape) for views in self.found.views for v in views),
+            sparsity=state.zeros / entries,
+            zeros=state.seen / entries,
+            precision=self.precision,
             seconds=state.earlier + seconds,
             peak_memory=peak_memory,
             notes=state.notes,
@@ -399,10 +405,10 @@ class Pruning:
 
 
 def _probes(sources: Mapping[str, Tensor]) -> list[Tensor]:
-    """Batches (at most 2, T) on which the recorded blocks are compared with the model: two of the calibration, one of each other length."""
+    """Batches (at most 2, T) on which the recorded blocks are compared with the model: two of the calibration, one of each other source."""
     samples = sources["calibration"]
-    lengths = {ids.shape[1]: ids[:2] for ids in sources.values() if ids.shape[1] != samples.shape[1]}
-    return [samples[:2], samples[-2:].flip(1), *lengths.values()]  # turned round, so that it differs from the first whatever there is
+    others = [ids[:2] for source, ids in sources.items() if source != "calibration"]
+    return [samples[:2], samples[-2:].flip(1), *others]  # turned round, so that it differs from the first whatever there is
 
 
 @contextmanager

@@ -31,7 +31,7 @@ from . import assets, cost, data, evaluation, models, progress, pruning, testset
 from . import history as store_of
 from .config import RESULTS, SELF, ConfigError, OverfitConfig, PruneConfig, RunConfig, from_dict, require, to_dict
 from .overfit import verdict
-from .reconstruct import cpu_name
+from .reconstruct import cpu_name, resolve_precision
 from .streams import Errors
 
 OUTSIDE = ("__main__", "assets", "book", "cli", "cluster", "dashboard", "monitor", "report", "suite", "sweep")
@@ -43,7 +43,12 @@ DENSE = ("model", "prune", "evaluate", "test", "test_count", "test_length", "tas
 "What of a configuration decides the measurements of a dense model."
 NAMES = ("model", "corpus", "held_out", "test", "extra")
 "What of a configuration names a model or a text, which is identified by its content."
-NO_MATTER = ("tag", "parent", "keep_model", "test_seed", "price_per_hour", "offload", "checkpoint")
+TRAINING_ONLY = (
+    "epochs", "steps", "learning_rate", "micro_batch", "recompute", "precision", "gradient_clip", "early_stopping", "target",
+    "reconstruction_input", "seed",
+)  # fmt: skip
+"Fields of a PruneConfig that LR does not use."
+NO_MATTER = ("tag", "parent", "keep_model", "test_seed", "price_per_hour", "offload", "checkpoint", "device")
 "What of a configuration decides none; `draw` stands for the seed of the tests."
 PROMPTS, PROMPT = 4, 16  # prompts of the generations, and tokens in each
 SPENT = ("gpu_hours", "joules")
@@ -96,10 +101,11 @@ def run(run_config: RunConfig) -> Run:
         OSError: the disk has no room for a record.
         RuntimeError: the process that did the work on the CPU was killed, for want of memory say.
     """
+    require(isinstance(run_config, RunConfig), "run_config", type(run_config).__name__, "a RunConfig, such as rk.RunConfig(**values)")
     for corpus in _corpora(run_config):
         data.check_corpus(corpus)
     for field in ("held_out", "test"):
-        _check_names(field, getattr(run_config, field))
+        check_names(field, getattr(run_config, field))
     if "zero_shot" in run_config.evaluate:
         evaluation.check_tasks(run_config.tasks)
     cache_limit()
@@ -107,11 +113,9 @@ def run(run_config: RunConfig) -> Run:
         _check_tag(run_config.tag)
     parent = version_of(run_config.parent) if run_config.parent else None
     parts = _parts(run_config)
-    id, folder = _id(parts), _folder()
+    id = _id(parts)
     found = None if run_config.keep_model else committed(id)
-    if found is None or run_config.tag:
-        if found is not None and not (folder / id).exists():  # a tag is written beside the record
-            shutil.copytree(found.folder, assets.writable(folder) / id)
+    if found is None:
         found = _made(run_config, parts)
     _say_differences(found)
     if run_config.tag:
@@ -168,7 +172,7 @@ def _whole(folder: Path) -> Run | None:
         return None
     try:
         return _read(folder)
-    except (OSError, ValueError, KeyError) as error:
+    except DAMAGED as error:
         print(f"The record {folder} is damaged ({type(error).__name__}), and is computed again.", file=sys.stderr)
         return None
 
@@ -184,8 +188,10 @@ def _committed_folder() -> Path:
 
 def differences(run: Run) -> str:
     """Where the versions and the processor that a record was made with differ from these here, as "name theirs (here ours)"."""
-    here, there = environment(), run.record.get("environment", {})
-    names = [name for name in ("python", "processor", "gpu", *LIBRARIES) if name in there and there[name] != here[name]]
+    how, there = run.config.prune, run.record.get("environment", {})
+    device = models.resolve_device(run.config.device if run.config.device == "cpu" else "auto")
+    here = {**environment(), "precision": resolve_precision(how.precision, device) if how and how.trains else "fp32"}
+    names = [name for name in ("python", "processor", "gpu", "precision", *LIBRARIES) if name in there and there[name] != here[name]]
     return ", ".join(f"{name} {there[name]} (here {here[name]})" for name in names)
 
 
@@ -197,6 +203,8 @@ def _say_differences(run: Run) -> None:
 
 
 _SAID: set[str] = set()
+DAMAGED = (OSError, ValueError, KeyError, TypeError, AttributeError)
+"What reading a record raises when a part of it is lost or altered."
 
 
 def _judged(run: Run, thresholds: OverfitConfig) -> Run:
@@ -246,20 +254,35 @@ def _parts(config: RunConfig) -> dict[str, Any]:
         "texts": texts,
         "tasks": {task: data.task_identity(task) for task in config.tasks} if "zero_shot" in config.evaluate else {},
         "results": {part: RESULTS[part] for part in sorted(parts)},
+        **({"hardware": versions.hardware(environment())} if "speed" in config.evaluate else {}),
     }
 
 
 def _asked(config: RunConfig) -> dict[str, Any]:
     """The fields of a configuration that decide numbers, besides the names of the model and of texts."""
     plain = {name: value for name, value in to_dict(config).items() if name not in (*NO_MATTER, *NAMES)}
-    plain |= {"draw": config.draw, "test_length": config.test_length or config.length}
+    plain |= {"draw": config.draw, "test_length": config.test_length or config.length, "evaluate": sorted(config.evaluate)}
+    if "zero_shot" not in config.evaluate:
+        plain = {name: value for name, value in plain.items() if name not in ("tasks", "limit")}
     if config.prune:
-        del plain["prune"]["overfit"]  # which decides words only
+        plain["prune"] = _asked_pruning(config.prune)
     else:  # the dense model is the same whatever others are calibrated with
         plain = {name: value for name, value in plain.items() if name in DENSE}
     if not config.self_generated and config.corpus != SELF:
         plain.pop("selfgen", None)
     return plain
+
+
+def _asked_pruning(config: PruneConfig) -> dict[str, Any]:
+    """The fields of a pruning that decide numbers, in one form: defaults that follow from others are written out, unused ones left out."""
+    plain = to_dict(config)
+    del plain["overfit"]  # which decides words only
+    plain["layer_sparsity"] = [[pattern, float(share)] for pattern, share in config.layer_sparsity.items()]  # the first match wins
+    plain |= {"target": config.target_stream, "window": config.window_blocks, "overlap": config.overlap_blocks}
+    plain["technique"] = "+".join(part for part in ("LR", "BR", "GP", "CR") if part in config.technique.split("+"))
+    plain |= {name: float(plain[name]) for name in ("sparsity", "learning_rate", "damping", "gradient_clip") if plain[name] is not None}
+    unused = TRAINING_ONLY if not config.trains else ("epochs",) if config.steps is not None else ()
+    return {name: value for name, value in plain.items() if name not in unused}
 
 
 def _differing(asked: Mapping[str, Any], usual: Mapping[str, Any]) -> dict[str, Any]:
@@ -329,6 +352,7 @@ def _measure(config: RunConfig, id: str, parts: dict[str, Any], folder: Path, mo
     tested, own, blanks = _test_sets(config, model, tokenizer)  # too little text is said before anything is pruned
     errors, training, notes = pd.DataFrame(columns=ERRORS), pd.DataFrame(columns=TRAINING), []
     metrics: dict[str, float] = {"sparsity": 0.0}
+    zeros, precision = None, "fp32"
     if config.prune is not None:
         options = {"length": config.length, "seed": config.draw, "bos": config.bos}
         samples, extra = _training_samples(config, model, tokenizer)
@@ -337,7 +361,7 @@ def _measure(config: RunConfig, id: str, parts: dict[str, Any], folder: Path, mo
         with cost.measure() as used:
             state = Path(config.checkpoint) / id if config.checkpoint else None
             result = pruning.prune(model, samples, config.prune, extra=extra, held_out=held_out, checkpoint=state)
-        errors, training, notes = result.errors, result.training, result.notes
+        errors, training, notes, zeros, precision = result.errors, result.training, result.notes, result.zeros, result.precision
         metrics |= {"sparsity": result.sparsity, "seconds/prune": result.seconds}
         metrics |= {f"memory/{kind}": count for kind, count in result.peak_memory.items()}
         metrics |= {f"{name}/prune": value for name, value in used.record().items() if name in SPENT}
@@ -347,7 +371,7 @@ def _measure(config: RunConfig, id: str, parts: dict[str, Any], folder: Path, mo
     record = evaluation.evaluate(
         model,
         tokenizer,
-        sparsity=metrics["sparsity"] if config.prune is not None else None,
+        sparsity=zeros,
         perplexity=tested,
         texts=own,
         blanks=blanks,
@@ -388,7 +412,7 @@ def _measure(config: RunConfig, id: str, parts: dict[str, Any], folder: Path, mo
         "evaluation": record,
         "made_from": parts,
         "commit": versions.commit(),
-        "environment": environment(),
+        "environment": {**environment(), "precision": precision},
     }
     (folder / "record.json").write_text(json.dumps(facts, indent=1, default=float), encoding="utf-8")
 
@@ -497,7 +521,7 @@ def _corpora(config: RunConfig) -> list[str]:
     return [corpus for corpus in named if corpus != SELF]
 
 
-def _check_names(field: str, corpora: Sequence[str]) -> None:
+def check_names(field: str, corpora: Sequence[str]) -> None:
     """Refuse two texts whose measurements would have one name."""
     names = [data.short_name(corpus) for corpus in corpora]
     twice = [corpus for corpus, name in zip(corpora, names, strict=True) if names.count(name) > 1]
@@ -523,10 +547,12 @@ def records() -> list[Run]:
     """Every whole record, oldest first; a damaged one is named on stderr and skipped."""
     found = []
     files = [*_folder().glob("*/record.json"), *_committed_folder().glob("*/record.json")]
-    for file in sorted({file.parent.name: file for file in reversed(files)}.values(), key=lambda f: f.stat().st_mtime):
+    for file in sorted(files, key=lambda f: f.stat().st_mtime):
+        if file.parent.name in {run.id for run in found}:  # in the cache too
+            continue
         try:
             found.append(_read(file.parent))
-        except (OSError, ValueError, KeyError) as error:
+        except DAMAGED as error:
             print(f"The record {file.parent} is damaged ({type(error).__name__}) and was skipped; delete it to have it made again.", file=sys.stderr)
     return found
 
@@ -549,7 +575,7 @@ def _remember(store: store_of.Store, run: Run, parent: str | None = None) -> int
         parent = next(iter(store_of.called(store.versions(), run.config.parent).version), None)
     number = store.append({**versions.facts(run), "parent": parent}, versions.measurements(run), run.errors[["block", "source", "nmse"]])
     if run.config.tag:
-        named = store.versions().set_index("version").tag
+        named = store.versions().groupby("version").tag.last()
         if named.get(run.id) != run.config.tag:
             store.tag(run.config.tag, run.id)
     return number
@@ -663,13 +689,26 @@ def tag(run: str, tag: str) -> None:
     chosen = find(run)
     for other in records():
         if other.config.tag == tag and other.id != chosen.id:
-            (other.folder / "tag").unlink()
-    (chosen.folder / "tag").write_text(tag, encoding="utf-8")
+            (_folder() / other.id / "tag").unlink()
+    _in_cache(chosen)
+    (_folder() / chosen.id / "tag").write_text(tag, encoding="utf-8")
     try:
         with open_history() as store:
             store.tag(tag, chosen.id)
     except (OSError, RuntimeError) as error:
         print(f"The run {chosen.id} is called {tag}, but not in the history: {error}", file=sys.stderr)
+
+
+def _in_cache(run: Run) -> None:
+    """A copy of a committed record in the cache, because a tag is written beside it."""
+    folder = _folder()
+    if run.folder.parent == folder:
+        return
+    with FileLock(assets.writable(folder) / f".{run.id}.lock"), tempfile.TemporaryDirectory(prefix=f".{run.id}-", dir=folder) as staging:
+        if _whole(folder / run.id) is None:
+            shutil.copytree(run.folder, Path(staging) / "new")
+            shutil.rmtree(folder / run.id, ignore_errors=True)
+            os.replace(Path(staging) / "new", folder / run.id)
 
 
 def _check_tag(tag: str) -> None:

@@ -68,6 +68,10 @@ class Runner:
             if self._rest:
                 raise ConfigError(f"{self._name} computes with what its blocks return besides hidden states; load the model whole.") from error
             raise ConfigError(f"{self._name} cannot be called with token ids alone ({error}), so it cannot be pruned.") from error
+        except RuntimeError as error:
+            if self.offload is None or isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise ConfigError(f"{self._name} cannot run with its blocks on disk ({error}); load the model whole.") from error
         finally:
             for handle in handles:
                 handle.remove()
@@ -154,9 +158,12 @@ class Runner:
     def embed(self, ids: Tensor, batch_size: int) -> Tensor:
         """Hidden states before the first block, (N, T) → (N, T, H), in the model's dtype."""
         states: list[Tensor] = []
+        self.prepare({len(batch) for batch in ids.split(batch_size)}, ids.shape[1])
 
         def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             states.append(self._hidden(args, kwargs, batch))
+            if text := _differing(self._calls[tuple(batch.shape)][0], _without_states(args, kwargs)):
+                raise ConfigError(f"Block 0 of {self._name} is called otherwise for some samples{text}, so it cannot be pruned block by block.")
             raise _Reached
 
         handle = self.blocks[0].register_forward_pre_hook(stop, with_kwargs=True, prepend=True)
@@ -335,8 +342,8 @@ class InputTap(TorchFunctionMode):
 
     def _show(self, x: Tensor, weight: Tensor) -> None:
         view = self.views.get(weight.data_ptr())
-        if view is not None:
-            stored = view.stored()
+        stored = None if view is None else view.stored()
+        if stored is not None and weight.shape in (stored.shape, stored.shape[::-1]):  # not a slice of it
             self.seen(view, x, weight.shape == stored.shape and weight.stride() == stored.stride())
 
 

@@ -290,6 +290,11 @@ def _unknown(parameters: Mapping[str, Any]) -> list[str]:
         if corpus != SELF:
             with gathered(faults):
                 data.check_corpus(corpus)
+    with gathered(faults):
+        require(SELF not in names("held_out"), "held_out", parameters.get("held_out"), "a list of corpora without self, which is possible in test")
+    for key in ("held_out", "test"):
+        with gathered(faults):
+            runs.check_names(key, names(key))
     for task in names("tasks"):
         with gathered(faults):
             require(task in data.TASKS, "tasks", task, one_of(tuple(data.TASKS)))

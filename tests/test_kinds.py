@@ -114,6 +114,22 @@ def test_an_argument_that_depends_on_the_held_out_length_only_is_refused() -> No
         rk.prune(model, ids(6, 24), quick(), held_out={"other": ids(4, 20, 1)}, progress=False)
 
 
+@pytest.mark.parametrize("source", ["calibration", "extra", "other"])
+def test_an_argument_that_a_rare_token_decides_is_refused(source: str) -> None:
+    """A mask that hides one token, which a single sample holds, far from those that are compared first."""
+    model = families.build("llama")
+
+    def masked(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        return args, {**kwargs, "attention_mask": (kwargs["input_ids"] != 1).long()}
+
+    model.model.register_forward_pre_hook(masked, with_kwargs=True)
+    sources = {"calibration": ids(12, 16), "extra": ids(12, 16, 1), "other": ids(12, 16, 2)}
+    rk.prune(copy.deepcopy(model), sources["calibration"], quick(), extra=sources["extra"], held_out={"other": sources["other"]}, progress=False)
+    sources[source][5, 7] = 1
+    with pytest.raises(ConfigError, match="Block 0 of LlamaForCausalLM is called otherwise for some samples .the tokens decide its attention_mask"):
+        rk.prune(model, sources["calibration"], quick(), extra=sources["extra"], held_out={"other": sources["other"]}, progress=False)
+
+
 def test_work_between_the_blocks_is_refused() -> None:
     model = families.build("llama")
     models.blocks(model)[1][2].register_forward_pre_hook(lambda _, args: (2 * args[0], *args[1:]))
@@ -312,6 +328,28 @@ def test_a_product_that_cannot_be_watched_is_refused_and_the_advice_works(criter
     layers = eval(str(raised.value).split("layers=")[1].rstrip("."))
     prune(model, criterion=criterion, layers=layers, technique="BR+GP")
     assert zeros(model.model.layers[0].mlp.up_proj.weight) == 0 and zeros(model.model.layers[0].mlp.down_proj.weight) == pytest.approx(0.5, abs=0.02)
+
+
+class InTwoParts(nn.Linear):
+    """A linear layer that multiplies with slices of its weight."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        half = len(self.weight) // 2
+        return torch.cat([torch.nn.functional.linear(x, self.weight[:half]), torch.nn.functional.linear(x, self.weight[half:])], -1)
+
+
+def test_a_layer_that_is_used_in_slices_keeps_its_layout() -> None:
+    model = families.build("llama")
+    for block in model.model.layers:
+        old = block.mlp.up_proj
+        block.mlp.up_proj = InTwoParts(old.in_features, old.out_features, bias=False)
+        block.mlp.up_proj.weight = old.weight
+    prune(copy.deepcopy(model), criterion="magnitude", pattern="2:4")
+    pruned = copy.deepcopy(model)
+    prune(pruned, criterion="magnitude", pattern="2:4")
+    assert groups_kept(pruned.model.layers[0].mlp.up_proj.weight.T, 4) == 2
+    with pytest.raises(ConfigError, match=r"up_proj is not used in a matrix product that can be watched.*layers="):
+        prune(model, criterion="wanda")
 
 
 def test_magnitude_needs_no_inputs() -> None:

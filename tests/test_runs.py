@@ -133,8 +133,7 @@ def test_a_run_is_identified_by_what_was_asked_for(monkeypatch: pytest.MonkeyPat
     written = runs.fingerprint(config(self_generated=2))
     explicit = config(prune=PruneConfig(technique="BR", epochs=1, sparsity=0.5, damping=0.01, keep_zeros="auto"))
     assert runs.fingerprint(explicit) == plain, "a default that is written out is the default"
-    for name, value in (("python_version", lambda: "3.99"),):
-        monkeypatch.setattr(runs.platform, name, value)
+    monkeypatch.setattr(runs.platform, "python_version", lambda: "3.99")
     monkeypatch.setattr(runs, "_version", lambda _: "99.0")
     assert runs.fingerprint(config()) == plain, "versions are kept in the record, and do not name it"
     monkeypatch.setitem(runs.RESULTS, "self-generation", 2)
@@ -172,13 +171,52 @@ def test_committed_records_answer_first(
     assert f"Some records were made elsewhere: torch 0.1 (here {torch.__version__})." in capsys.readouterr().out
     assert [r.id for r in runs.records()] == [made.id] and runs.find(made.id[:6]).id == made.id
     assert runs.run(config(tag="mine")).config.tag == "mine"
+    runs.tag(made.id, "another")
+    assert runs.find("another").id == made.id
+    runs.tag(made.id, "mine")
     assert sorted(file.name for file in record.parent.iterdir()) == ["errors.csv", "record.json", "training.csv"]
     assert runs.find("mine").folder.parent == cache / "runs"
     assert runs.run(config(tag="other")).config.tag == "other" and runs.run(config(seed=1, tag="new")).config.tag == "new"
 
 
+def test_a_model_that_was_pruned_before_is_measured(tmp_path: Path) -> None:
+    """Zeros that no mask of this call put there are counted where the model is checked before it is scored."""
+    model, tokenizer = models.load_model("tiny")
+    samples = torch.randint(3, 250, (4, 16), generator=torch.Generator().manual_seed(0))
+    for first, values in (({"sparsity": 0.25}, {}), ({"pattern": "2:4", "layers": "attention"}, {"layers": "feed-forward", "keep_zeros": False})):
+        pruned = models.load_model("tiny")[0]
+        pruning.prune(pruned, samples, PruneConfig(criterion="magnitude", technique="LR", **first), progress=False)
+        folder = models.save_model(pruned, tokenizer, tmp_path / repr(len(values)))
+        how = PruneConfig(criterion="magnitude", technique="LR", **{"layers": "attention", **values})
+        found = runs.run(config(model=str(folder), prune=how))
+        assert found.record["evaluation"]["size"]["zeros"] > found.metrics["sparsity"]
+
+
+def test_one_question_has_one_id_and_two_have_two() -> None:
+    def id(**how: Any) -> str:
+        return runs.fingerprint(config(prune=PruneConfig(**{"technique": "BR", "epochs": 1, **how})))
+
+    assert id(technique="BR+GP+CR") == id(technique="BR+CR+GP", target="dense", window=2, overlap=1)
+    assert id(gradient_clip=1) == id(gradient_clip=1.0) != id()
+    assert id(steps=4) == id(steps=4, epochs=7) and id(technique="LR") == id(technique="LR", learning_rate=1e-3, epochs=9)
+    assert runs.fingerprint(config(device="cpu")) == runs.fingerprint(config()) == runs.fingerprint(config(tasks=("boolq",), limit=7))
+    first, second = {"*q_proj": 0.3, "*": 0.6}, {"*": 0.6, "*q_proj": 0.3}
+    assert id(layer_sparsity=first) != id(layer_sparsity=second), "the first match wins"
+    dense = config(prune=None)
+    assert runs.fingerprint(replace(dense, bos="auto")) != runs.fingerprint(dense)
+
+
+def test_a_tagged_run_that_is_made_again_keeps_its_tag() -> None:
+    for _ in range(2):
+        made = runs.run(config(tag="mine"))
+        assert made.config.tag == "mine" and not made.cached
+        shutil.rmtree(made.folder)
+
+
 def test_a_damaged_record_is_named_and_computed_again(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
     made = runs.run(config())
+    (made.folder / "record.json").write_text("null")
+    assert runs.records() == []
     (made.folder / "record.json").write_text("{")
     again = runs.run(config())
     assert not again.cached and again.metrics["nmse/pydocs"] == made.metrics["nmse/pydocs"]
