@@ -314,7 +314,8 @@ def _running_tokens(corpus: str, split: str, tokenizer: PreTrainedTokenizerBase)
         return _joined(pieces, tokenizer, [m.start() for m in TITLE.finditer("".join(pieces))] if corpus == "wikitext2" else None)
     if not tokenizer.is_fast:
         return _articles_joined(_running_text(corpus, split), tokenizer)
-    facts = [identity(corpus, split), _sum(tokenizer.backend_tokenizer.to_str().encode()), version("tokenizers"), version("transformers")]
+    made = [platform.python_version()] if corpus == "pydocs" else []  # whose documentation it is
+    facts = [identity(corpus, split), *made, _sum(tokenizer.backend_tokenizer.to_str().encode()), version("tokenizers"), version("transformers")]
     file = assets.cache_dir() / "text" / _made_by() / f"{corpus}-{split}-{_sum(repr(facts).encode())[:16]}.npz"
     if file.is_file():
         with np.load(file) as kept:

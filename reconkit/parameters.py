@@ -90,9 +90,12 @@ def faults(where: str, chosen: Mapping[str, Any], known: Mapping[str, Any], kind
         return found
     for kind in (PruneConfig, RunConfig, SelfGenConfig):
         names = field_types(kind)
-        together = {k: _none(v, names[k]) for k, v in (known | chosen).items() if k in names and k not in CONFIGURED}
-        if together.keys() & chosen.keys():
-            found += [f"{where}: {text}" for _, text in _refused(kind, together)]
+        own, together = (
+            {k: _none(v, names[k]) for k, v in values.items() if k in names and k not in CONFIGURED} for values in (known, known | chosen)
+        )
+        if together != own or known is chosen:
+            before = [] if known is chosen else _refused(kind, own)  # a fault of the notebook's own defaults
+            found += [f"{where}: {text}" for name, text in _refused(kind, together) if (name, text) not in before]
     for key in chosen.keys() & CONFIGURED.keys():
         kind, name = CONFIGURED[key]
         for part in chosen[key] if isinstance(chosen[key], list) else [chosen[key]]:
