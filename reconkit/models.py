@@ -434,9 +434,8 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
     """Write a plain Hugging Face folder, aside first, so that a broken write never looks whole.
 
     Raises:
-        ConfigError: the model holds adapters, whose saving would drop the model beneath.
+        ConfigError: the model holds adapters, whose saving would drop the model beneath, or weights that are not plain float tensors.
         FileExistsError: `folder` holds something that is not a model; an earlier model is replaced.
-        ConfigError: the weights are not plain float tensors.
     """
     check_adapters(model)
     check_float_weights(model)

@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 EMPTY = "No run is recorded yet; `reconkit suite run papermill_runs/smoke.toml` makes some in minutes."
 FIRST = ("id", "created", "tag", "parent", "model", "corpus", "criterion", "technique", "pattern", "sparsity", "verdict")
 "Columns that lead the table, in this order, where the history has them."
-HIGHER = ("accuracy/", "speed/")
-"Measurements of which more is better."
 TEXTS = {
     "wiki": "Wikipedia articles that are none of the calibration's",
     "news": "news stories, another domain",

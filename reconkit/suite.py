@@ -251,7 +251,7 @@ def _read(notebook: Path) -> Any:
 
 
 def key(entry: Entry, platform: Mapping[str, Any]) -> str:
-    """What decides the result of an entry: its code, parameters and plots, and everything that `runs.run` hashes."""
+    """What decides the result of an entry: its code, parameters, texts and published tables, and the sources and versions in `platform`."""
     code = [c.source for c in _read(entry.notebook).cells if c.cell_type == "code" and "parameters" not in c.metadata.get("tags", [])]
     here = Path(__file__).parent
     drawn = [file.read_text(encoding="utf-8") for file in (here / "plots.py", *sorted(here.glob("paper/*"))) if file.is_file()]
